@@ -1,0 +1,43 @@
+"""Layers that are differential equations: solve them, differentiate them, look inside them."""
+
+from . import adjoints, introspection, solvers
+from ._version import __version__
+from .control import StepControl
+from .equations import ODE
+from .errors import (
+    MaxStepsReached,
+    NeuralDEError,
+    NonFiniteState,
+    NotConverged,
+    SolveWarning,
+    Status,
+    StepSizeUnderflow,
+)
+from .introspection import probe
+from .layers import AppendTime, NeuralODE, TimeChain
+from .solution import Solution, Statistics, Steps
+from .solve import solve
+
+__all__ = [
+    "ODE",
+    "AppendTime",
+    "MaxStepsReached",
+    "NeuralDEError",
+    "NeuralODE",
+    "NonFiniteState",
+    "NotConverged",
+    "Solution",
+    "SolveWarning",
+    "Statistics",
+    "Status",
+    "StepControl",
+    "StepSizeUnderflow",
+    "Steps",
+    "TimeChain",
+    "__version__",
+    "adjoints",
+    "introspection",
+    "probe",
+    "solve",
+    "solvers",
+]

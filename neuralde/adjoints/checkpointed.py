@@ -1,0 +1,189 @@
+"""The checkpointed adjoint: one state per step is kept, each step is replayed in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..discover import Problem, Trajectory, discover
+from ..errors import NeuralDEError, Status
+from ..field import Substitute, closed_over
+from ..replay import Schedule, replay_all, replay_step
+from .base import Adjoint, Outcome, plain
+
+
+class Checkpointed(Adjoint):
+    """Discretise, then differentiate, one replayed step at a time.
+
+    The exact gradient of the discrete solution, as "direct" has it, with memory that grows by one state per step; the
+    price is one more evaluation of every stage. Gradients reach z0, args, the parameters of f and whatever tensors f
+    closes over, also through `solution.error` and `solution.stiffness`.
+    """
+
+    name = "checkpointed"
+
+    def solve(self, problem: Problem, z0: Tensor) -> Outcome:
+        """See `Adjoint.solve`."""
+        field, start, end = problem.field, problem.start, problem.end
+        if not torch.is_grad_enabled():
+            return plain(discover(problem, z0, field.first(start, z0, end)))
+        slope, closed = closed_over(field, start, z0.detach(), end)
+        given = [x for x in pytree.tree_leaves(field.args) if isinstance(x, Tensor) and x.requires_grad]
+        if not (z0.requires_grad or closed or given):
+            return plain(discover(problem, z0, slope))
+        run = _Run(problem, slope, len(given))
+        final, interior, error, stiffness, states = _Solve.apply(run, z0, *given, *closed)
+        outcome = plain(run.trajectory)
+        outcome.final, outcome.interior = final, interior
+        outcome.error = outcome.error and (lambda: error)
+        outcome.stiffness = outcome.stiffness and (lambda: stiffness)
+        outcome.states = lambda: states
+        return outcome
+
+
+class _Run:
+    """What the forward and the backward pass share beside tensors."""
+
+    def __init__(self, problem: Problem, slope: Tensor, given: int):
+        self.problem, self.slope, self.given = problem, slope, given
+        self.trajectory: Trajectory | None = None
+
+    def forward(self, z0: Tensor) -> Trajectory:
+        self.trajectory = discover(self.problem, z0, self.slope)
+        self.slope = None
+        return self.trajectory
+
+    @property
+    def done(self) -> Tensor:
+        return self.trajectory.status == Status.SUCCESS
+
+    def schedule(self) -> Schedule | None:
+        if self.problem.interior is None:
+            return None
+        return Schedule(self.problem, self.trajectory.grid, self.trajectory.reached)
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run: _Run, z0: Tensor, *tensors: Tensor):
+        trajectory = run.forward(z0)
+        ctx.run = run
+        ctx.save_for_backward(z0, *tensors)
+        ctx.set_materialize_grads(False)
+        # Aliases: an output that is itself kept by the run would tie the run, its graph and the outputs in a cycle.
+        return tuple(
+            None if x is None else x.detach()
+            for x in (
+                trajectory.final,
+                trajectory.interior,
+                trajectory.error,
+                trajectory.stiffness,
+                trajectory.grid.flat_z,
+            )
+        )
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        z0, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *_differentiable_backward(ctx.run, z0, tensors, cotangents)
+        return None, *_backward(ctx.run, z0, tensors, cotangents)
+
+
+def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[Tensor]:
+    """Runs through the steps from the last to the first, each replayed on a tape of its own."""
+    final, interior, error, stiffness, states = cotangents
+    problem, grid = run.problem, run.trajectory.grid
+    schedule = run.schedule() if interior is not None else None
+    error, stiffness, states = (
+        None if flat is None else grid.split(flat) if i < 2 else flat.split([len(z) for z in grid.z])
+        for i, flat in enumerate((error, stiffness, states))
+    )
+    lens = error is not None or stiffness is not None
+    costate = torch.zeros_like(z0)
+    if final is not None:
+        costate = torch.where(run.done[:, None], final, costate)
+    field, leaves, substitute = _leaves(run, tensors)
+    sums: list[Tensor | None] = [None] * len(leaves)
+    for j in reversed(range(len(grid))):
+        rows = grid.rows[j]
+        z = grid.z[j].detach().requires_grad_()
+        outputs = schedule.at(j) if schedule is not None else None
+        with torch.enable_grad(), problem.field.replaying(), substitute():
+            step = replay_step(problem, grid, j, z, lens, outputs, field)
+        values, weights = [step.z], [costate if rows is None else costate.index_select(0, rows)]
+        for value, flat in ((step.error, error), (step.stiffness, stiffness)):
+            if flat is not None:
+                values.append(value)
+                weights.append(flat[j])
+        if outputs is not None:
+            point, sample, _, _ = outputs
+            values.append(step.outputs)
+            weights.append(interior[point] if sample is None else interior[point, sample])
+        # f may be constant: then nothing of the step but z itself carries a gradient.
+        pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v.requires_grad]
+        back, *gradients = torch.autograd.grad(
+            [v for v, _ in pairs], [z, *leaves], [w for _, w in pairs], allow_unused=True
+        )
+        if states is not None:
+            back = back + states[j]
+        costate = back if rows is None else costate.index_copy(0, rows, back)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                # The first gradient may share memory with a cotangent; the sum's own memory begins with the second.
+                sums[i] = gradient if sums[i] is None else sums[i] + gradient
+    return [costate, *sums]
+
+
+def _leaves(run: _Run, tensors: list[Tensor]):
+    """The tensors that f depends on, as ends of the replay's graph.
+
+    Returns:
+        The field that uses them, the list of ends in the order of `tensors`, and a context in which f sees them.
+
+    """
+    ends = [x if x.is_leaf else x.detach().requires_grad_() for x in tensors]
+    field = run.problem.field
+    if run.given:
+        replaced = {id(x): end for x, end in zip(tensors[: run.given], ends, strict=False)}
+        field = copy.copy(field)
+        field.args = pytree.tree_map(lambda x: replaced.get(id(x), x), field.args)
+    pairs = [(x, end) for x, end in zip(tensors[run.given :], ends[run.given :], strict=True) if x is not end]
+    return field, ends, (lambda: Substitute(pairs)) if pairs else contextlib.nullcontext
+
+
+def _differentiable_backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> tuple:
+    """The backward pass when it is differentiated itself: the whole grid on one tape, with "direct"'s memory."""
+    if _upstream([z0, *tensors]) & {id(x) for x in tensors}:
+        raise NeuralDEError(
+            "double backward under adjoint='checkpointed' can't tell apart what a parameter does inside f and what it "
+            "does on the way to z0, args or a tensor that f closes over, and here one parameter does both; "
+            "use adjoint='direct'"
+        )
+    path = replay_all(run.problem, run.trajectory.grid, z0, run.done, run.schedule())
+    values = (path.final, path.interior, path.error, path.stiffness, path.states)
+    pairs = [(v, w) for v, w in zip(values, cotangents, strict=True) if w is not None and v.requires_grad]
+    inputs = [x for x in (z0, *tensors) if x.requires_grad]
+    gradients = torch.autograd.grad(
+        [v for v, _ in pairs], inputs, [w for _, w in pairs], create_graph=True, allow_unused=True
+    )
+    gradients = iter(gradients)
+    return tuple(next(gradients) if x.requires_grad else None for x in (z0, *tensors))
+
+
+def _upstream(tensors: list[Tensor]) -> set[int]:
+    """The ids of the leaves that computed tensors among the given ones were made from."""
+    seen, leaves, todo = set(), set(), [x.grad_fn for x in tensors if x.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo.extend(parent for parent, _ in node.next_functions)
+    return leaves

@@ -1,0 +1,492 @@
+"""The adaptive loop: attempt, judge, accept, next step size; for every sample at once.
+
+It decides the grid and, unless `taped`, leaves no trace in autograd: what needs gradients replays the accepted steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import control as _control
+from .control import StepControl
+from .errors import Status
+from .field import Field
+from .grid import Grid, Record
+from .solvers import Solver
+
+# Finished samples are left out of the batch once at most this fraction of it is unfinished. Re-indexing costs about as
+# much as two attempts on a small batch, so it waits for some attempts to have passed since the last time.
+_COMPACT_FRACTION, _COMPACT_AFTER = 0.5, 16
+
+
+@dataclass
+class Problem:
+    """One solve, ready to run.
+
+    Attributes:
+        field, solver, control: what is stepped, with what, and how.
+        times: [times, groups]: where the solve starts, its outputs, and where it ends. One column where all samples
+            share them and control is joint.
+        rtol, atol: tolerances.
+        dt0: first (or fixed) step size, positive, or None for the automatic one.
+        max_steps: attempts per sample.
+        keep_stages: whether to keep every accepted step's stages, so that `solution(t)` need not call f.
+        stop_early: whether a sample's failure ends the solve.
+
+    """
+
+    field: Field
+    solver: Solver
+    control: StepControl
+    times: Tensor
+    rtol: float
+    atol: float
+    dt0: float | None
+    max_steps: int
+    keep_stages: bool
+    stop_early: bool
+
+    @property
+    def joint(self) -> bool:
+        """Whether one step size serves the whole batch."""
+        return not self.control.per_sample
+
+    @property
+    def span(self) -> Tensor:
+        """t1 - t0, signed, [groups]."""
+        return self._groups(self.times[-1] - self.times[0])
+
+    @property
+    def start(self) -> Tensor:
+        """t0, [groups]."""
+        return self._groups(self.times[0])
+
+    @property
+    def end(self) -> Tensor:
+        """t1, [groups]."""
+        return self._groups(self.times[-1])
+
+    def _groups(self, x: Tensor) -> Tensor:
+        return x[:1] if self.joint else x
+
+    @property
+    def interior(self) -> Tensor | None:
+        """Output times strictly inside the horizon, [points, groups], or None."""
+        return self.times[1:-1] if len(self.times) > 2 else None
+
+    def ratio(self, error: Tensor, z: Tensor, z_end: Tensor) -> Tensor:
+        """What the controller compares with 1, [groups]."""
+        return _control.error_ratio(error, z, z_end, self.rtol, self.atol, self.joint)
+
+    def stiffness(self, pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor) -> Tensor:
+        """The stiffness estimate, [groups]."""
+        return _control.stiffness(pair, dt, self.joint)
+
+
+class Counts(NamedTuple):
+    """How much work a solve was, per sample: [batch], int64.
+
+    Attributes:
+        accepted, rejected: attempts judged.
+        nfe: evaluations of f on the sample.
+
+    """
+
+    accepted: Tensor
+    rejected: Tensor
+    nfe: Tensor
+
+
+class Trajectory:
+    """What the loop found. What a caller may not need is put together when it is asked for.
+
+    Attributes:
+        problem: what was solved.
+        final: the state at the end, [batch, features]; NaN for samples that did not get there.
+        interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
+        status: [groups].
+        records: the accepted attempts.
+
+    """
+
+    def __init__(
+        self, problem: Problem, z0: Tensor, parts: list[_Lane], records: list[Record], interior, nfe_extra: int
+    ):
+        self.problem, self.records, self.interior = problem, records, interior
+        self._z0, self._parts, self._nfe_extra = z0, parts, nfe_extra
+        self.status = self._whole(lambda lane: lane.status)
+        self.final = self._whole(lambda lane: lane.z)
+        failed = self.status != Status.SUCCESS
+        if bool(failed.any()):
+            self.final = torch.where(failed[:, None], float("nan"), self.final)
+        for part in parts:
+            part.z = part.slope = None
+
+    def _whole(self, figure) -> Tensor:
+        """A quantity of all samples, put together from the lanes that they finished in."""
+        values = [figure(part) for part in self._parts]
+        if len(values) == 1:
+            return values[0]
+        order = torch.argsort(torch.cat([part.rows for part in self._parts]))
+        return torch.cat(values).index_select(0, order)
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        """The accepted steps."""
+        return Grid(self.records, len(self._z0), self.problem.joint, self._z0, self.problem.start)
+
+    @functools.cached_property
+    def error(self) -> Tensor | None:
+        """The error ratio of every accepted step, flat in the grid's order; None where the solver has none."""
+        if self.problem.solver.error_order is None:
+            return None
+        return self.grid.gather([r.figures[0] for r in self.records], self.problem.start)
+
+    @functools.cached_property
+    def stiffness(self) -> Tensor | None:
+        """The stiffness of every accepted step, as `error`."""
+        if not self.problem.solver.reports_stiffness:
+            return None
+        top, bottom, dt = (
+            self.grid.gather(parts, self.problem.start)
+            for parts in (
+                [r.figures[-2] for r in self.records],
+                [r.figures[-1] for r in self.records],
+                [r.dt for r in self.records],
+            )
+        )
+        return _control.quotient(top, bottom, dt)
+
+    @functools.cached_property
+    def counts(self) -> Counts:
+        """The work."""
+        accepted, rejected = self._whole(lambda lane: lane.accepted), self._whole(lambda lane: lane.rejected)
+        nfe = (accepted + rejected) * self.problem.solver.calls_per_step + self._nfe_extra
+        return Counts(*(x.expand(len(self._z0)) for x in (accepted, rejected, nfe.clamp(min=1))))
+
+    @functools.cached_property
+    def reached(self) -> Tensor:
+        """The time that every sample got to, [groups]."""
+        return self._whole(lambda lane: lane.signed(lane.s))
+
+    def last_attempt(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dt, error ratio, stiffness) of every sample's last attempt, each [groups]; NaN where there is no figure."""
+        solver = self.problem.solver
+
+        def figure(lane, known, value):
+            return value(lane.figures) if lane.figures is not None and known else torch.full_like(lane.s, float("nan"))
+
+        return (
+            self._whole(lambda lane: lane.signed(lane.tried)),
+            self._whole(lambda lane: figure(lane, solver.error_order is not None, lambda x: x[0])),
+            self._whole(
+                lambda lane: figure(
+                    lane, solver.reports_stiffness, lambda x: _control.quotient(x[-2], x[-1], lane.tried)
+                )
+            ),
+        )
+
+
+@dataclass
+class _Lane:
+    """The samples that are still in the batch, with their control state. Everything is [groups] but z, slope, figures.
+
+    Times run forward in here, whatever the direction of the solve: s = direction·t.
+    """
+
+    rows: Tensor | None
+    s: Tensor
+    s1: Tensor
+    h: Tensor
+    z: Tensor
+    slope: Tensor | None
+    previous: Tensor
+    live: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    status: Tensor
+    figures: Tensor | None
+    tried: Tensor
+    start: Tensor
+    direction: Tensor | None
+    interior: Tensor | None
+
+    def keep(self, index: Tensor) -> _Lane:
+        """The same for some of the samples."""
+        kept = {}
+        for name, value in vars(self).items():
+            wide = name == "figures" or (name == "interior" and value is not None and value.shape[1] > 1)
+            kept[name] = value if value is None else value.index_select(int(wide), index)
+        kept["rows"] = index if self.rows is None else self.rows.index_select(0, index)
+        return _Lane(**kept)
+
+    def signed(self, x: Tensor) -> Tensor:
+        """Between t and s."""
+        return x if self.direction is None else x * self.direction
+
+
+def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -> Trajectory:
+    """Solves from z0.
+
+    Args:
+        problem: what and how.
+        z0: [batch, features], in the working dtype.
+        slope: f(t0, z0).
+        taped: whether autograd records the accepted steps as they are made.
+
+    """
+    with contextlib.nullcontext() if taped else torch.no_grad():
+        return _Discovery(problem, z0, slope, taped).run()
+
+
+class _Discovery:
+    def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, taped: bool):
+        self.problem, self.taped, self.z0 = problem, taped, z0
+        self.solver, self.control = problem.solver, problem.control
+        self.close = problem.interior is not None or problem.keep_stages
+        self.records: list[Record] = []
+        self.parts: list[_Lane] = []  # lanes whose samples left the batch
+        self.outputs: list[tuple[Tensor, Tensor | None, Tensor]] = []  # (point, sample, value)
+        t = problem.start
+        count = torch.zeros_like(t, dtype=torch.int64)
+        direction = problem.span.sign()
+        backward = bool((direction < 0).any())
+        self.lane = _Lane(
+            rows=None,
+            s=t * direction,
+            s1=problem.end * direction,
+            h=self._first_step(t, z0.detach(), slope.detach()),
+            z=z0,
+            slope=slope,
+            previous=self.control.first_memory(t),
+            live=torch.ones_like(t, dtype=torch.bool),
+            accepted=count,
+            rejected=count,
+            status=torch.full_like(count, Status.SUCCESS),
+            figures=None,
+            tried=torch.zeros_like(t),
+            start=t * direction,
+            direction=direction if backward else None,
+            interior=None if problem.interior is None else problem.interior * direction,
+        )
+        # Below this step size s + h is s, or the horizon would take forever.
+        self.eps = 4 * torch.finfo(t.dtype).eps
+        self.least = 1e-25
+        self.attempts = 0
+        self._enter(self.lane)
+
+    @torch.no_grad()
+    def _first_step(self, t: Tensor, z: Tensor, slope: Tensor) -> Tensor:
+        p = self.problem
+        if p.dt0 is not None:
+            return torch.full_like(t, p.dt0)
+        return _control.initial_step(p.field, t, z, slope, p.span, self.solver.order, p.rtol, p.atol, p.joint).abs()
+
+    def _enter(self, lane: _Lane):
+        """Makes what depends on the number of samples in the lane."""
+        p = self.problem
+        self.lane, self.f, self.entered = lane, p.field.on(lane.rows), self.attempts
+        self.memory = self.solver.memory(lane.z, self.taped)
+        estimates = self.solver.error_order is not None, self.solver.reports_stiffness
+        self.judge = _control.Judge(lane.z.detach(), estimates, p.rtol, p.atol, p.joint)
+
+    def run(self) -> Trajectory:
+        unfinished = len(self.lane.s)
+        if not bool(torch.isfinite(self.lane.slope.detach()).all()):
+            unfinished = self._fail_at_start(self.lane)
+        while unfinished and self.attempts < self.problem.max_steps:
+            self.attempts += 1
+            unfinished, failed = self._attempt(self.lane, unfinished)
+            if failed and self.problem.stop_early:
+                break
+            if self._worth_compacting(unfinished):
+                self._compact(self.lane)
+        lane = self.lane
+        if unfinished:
+            lane.status = torch.where(lane.live & (lane.status == Status.SUCCESS), Status.MAX_STEPS, lane.status)
+        self.parts.append(lane)
+        return self._trajectory()
+
+    # -- one attempt -------------------------------------------------------------------------------------------------
+
+    def _attempt(self, lane: _Lane, unfinished: int) -> tuple[int, bool]:
+        """Attempts a step of every sample in the lane. Returns how many samples are unfinished, and if any failed."""
+        control = self.control
+
+        # Attempt. The last step ends on t1 exactly.
+        left = lane.s1 - lane.s
+        if control.adaptive:
+            # The last two steps share what is left: a sliver of a step would have a stiffness estimate of rounding
+            # errors. (A quotient that is not a number belongs to a sample that stands still: its step is zero.)
+            count = (left / lane.h).ceil_().clamp_(min=1.0)
+            last = count <= 1.0
+            h = torch.where(count <= 2.0, left / count, lane.h)
+        else:
+            # A fixed step may be stretched a little, so that rounding leaves no sliver behind.
+            last = lane.h * 1.001 >= left
+            h = torch.where(last, left, lane.h)
+        t, dt = lane.signed(lane.s), lane.signed(h)
+        step = self.solver.step(self.f, t, dt, lane.z, lane.slope, self.memory, close=self.close)
+
+        # Judge. NaN is no number below 1: such an attempt is rejected, and retried smaller.
+        with torch.no_grad():
+            figures = self.judge(step, lane.z)
+            ratio = figures[0] if self.judge.has_error else None
+            if control.adaptive:
+                ok = lane.live & (ratio <= 1.0)
+                s_end = torch.where(last, lane.s1, lane.s + h)
+            else:
+                ok = lane.live & torch.isfinite(step.z.sum() if self.problem.joint else step.z.sum(dim=1))
+                # By multiplication: 10⁶ additions of dt0 would lose digits of t.
+                s_end = torch.where(last, lane.s1, lane.start + (lane.accepted + 1) * lane.h)
+            accepted = int(ok.sum())
+        everyone = accepted == len(h) == unfinished
+        lane.figures, lane.tried = figures, h
+
+        # Accept.
+        if accepted:
+            if self.taped and not everyone:
+                step = self._without_rejected(lane, t, dt, ok, step)
+            self._record(lane, t, dt, s_end, ok, everyone, step, figures)
+            if lane.interior is not None:
+                self._collect(lane, h, s_end, ok, step)
+        if everyone:
+            # The slope is copied: f may return a buffer of its own that its next call overwrites, as a captured
+            # graph does.
+            lane.z, lane.s, lane.slope = step.z, s_end, None if step.slope_end is None else step.slope_end.clone()
+        elif accepted:
+            column = ok[:, None]
+            lane.z, lane.s = torch.where(column, step.z, lane.z), torch.where(ok, s_end, lane.s)
+            if step.slope_end is None or lane.slope is None:
+                lane.slope = step.slope_end
+            else:
+                lane.slope = torch.where(column, step.slope_end, lane.slope)
+        self.judge.advance(everyone)
+        lane.accepted = lane.accepted + ok
+        if accepted < unfinished:
+            lane.rejected = lane.rejected + (lane.live & ~ok)
+
+        # Choose the next step size.
+        if control.adaptive:
+            judged = None if everyone else ok
+            finite = ratio if everyone else ratio.nan_to_num(nan=float("inf"))
+            lane.h = h * control.factor(finite, lane.previous, judged, self.solver.order)
+            lane.previous = control.remember(finite, lane.previous, judged)
+
+        # Who has finished, who has failed?
+        lane.live = ~last if everyone else lane.live & ~(ok & last)
+        failed = accepted < unfinished and self._fail_hopeless(lane, ok, ratio)
+        return int(lane.live.sum()), failed
+
+    def _fail_hopeless(self, lane: _Lane, ok: Tensor, ratio: Tensor | None) -> bool:
+        """Ends the rejected samples that no smaller step can help. Returns whether there were any."""
+        hopeless = lane.live & ~ok
+        if self.control.adaptive:
+            least = torch.maximum(lane.s.abs() * self.eps, (lane.s1 - lane.start) * self.least)
+            hopeless = hopeless & (lane.h <= least)
+        if not bool(hopeless.any()):
+            return False
+        infinite = hopeless if not self.control.adaptive else ~torch.isfinite(ratio)
+        code = torch.where(infinite, Status.NON_FINITE, Status.STEP_SIZE_UNDERFLOW)
+        lane.status = torch.where(hopeless, code, lane.status)
+        # A failed sample stands still from here on: its remaining horizon, and so its step, is zero.
+        lane.s1 = torch.where(hopeless, lane.s, lane.s1)
+        lane.live = lane.live & ~hopeless
+        return True
+
+    def _without_rejected(self, lane: _Lane, t: Tensor, dt: Tensor, ok: Tensor, step):
+        """On a tape, an attempt that overflowed for some samples, made again with these standing still.
+
+        Their zero cotangents times the infinite derivatives that the tape would hold make NaN, also in the gradient
+        of the parameters. A standing sample evaluates f at its own, accepted, state only.
+        """
+        with torch.no_grad():
+            rest = [x[~ok] for x in (step.z, step.error, step.slope_end) if x is not None]
+            finite = all(bool(torch.isfinite(x).all()) for x in rest)
+        if finite:
+            return step
+        still = torch.where(ok, dt, 0.0)
+        return self.solver.step(self.f, t, still, lane.z, lane.slope, self.memory, close=self.close)
+
+    def _record(self, lane: _Lane, t, dt, s_end, ok, everyone, step, figures):
+        snapshot = None
+        if self.problem.keep_stages:
+            snapshot = self.solver.snapshot(step.stages).detach().clone()
+        self.records.append(
+            Record(
+                rows=lane.rows,
+                accepted=None if everyone and lane.rows is None else ok,
+                t=t,
+                dt=dt,
+                t_end=lane.signed(s_end),
+                z=lane.z,
+                figures=figures,
+                lens=(step.error, step.z, step.pair) if self.taped else None,
+                snapshot=snapshot,
+            )
+        )
+
+    def _collect(self, lane: _Lane, h: Tensor, s_end: Tensor, ok: Tensor, step):
+        """Evaluates the interpolant at the output times that the accepted steps pass."""
+        inside = (lane.interior > lane.s) & (lane.interior <= s_end) & ok
+        point, group = inside.nonzero(as_tuple=True)
+        if not len(point):
+            return
+        owner = torch.zeros_like(group) if self.problem.joint else group
+        theta = (lane.interior[point, group] - lane.s[owner]) / h[owner]
+        snapshot = self.solver.snapshot(step.stages)
+        if self.problem.joint and inside.shape[1] == 1:
+            self.outputs.append((point, None, self.solver.interpolate(snapshot, theta, None)))
+        else:
+            sample = group if lane.rows is None else lane.rows[group]
+            self.outputs.append((point, sample, self.solver.interpolate(snapshot, theta, group)))
+
+    # -- the batch ---------------------------------------------------------------------------------------------------
+
+    def _fail_at_start(self, lane: _Lane) -> int:
+        bad = ~torch.isfinite(lane.slope.detach())
+        bad = bad.any().reshape(1) if self.problem.joint else bad.any(dim=1)
+        lane.status = torch.where(bad, Status.NON_FINITE, lane.status)
+        lane.live, lane.s1 = ~bad, torch.where(bad, lane.s, lane.s1)
+        lane.h = torch.where(bad, 0.0, lane.h)
+        lane.slope = torch.where(bad[:, None], 0.0, lane.slope)
+        return 0 if self.problem.stop_early else int(lane.live.sum())
+
+    def _worth_compacting(self, unfinished: int) -> bool:
+        n = len(self.lane.s)
+        return (
+            self.control.per_sample
+            and 0 < unfinished <= _COMPACT_FRACTION * n
+            and self.attempts - self.entered >= _COMPACT_AFTER
+            and self.problem.field.can_shrink()
+        )
+
+    def _compact(self, lane: _Lane):
+        self.parts.append(lane.keep((~lane.live).nonzero().flatten()))
+        self._enter(lane.keep(lane.live.nonzero().flatten()))
+
+    # -- the result --------------------------------------------------------------------------------------------------
+
+    def _trajectory(self) -> Trajectory:
+        # The first step's automatic size costs an evaluation, and so does the slope at the start where it is kept.
+        extra = (self.problem.dt0 is None) + (self.solver.fsal or self.close)
+        return Trajectory(self.problem, self.z0, self.parts, self.records, self._interior(len(self.z0)), extra)
+
+    def _interior(self, batch: int) -> Tensor | None:
+        if self.problem.interior is None:
+            return None
+        points, features = len(self.problem.interior), self.z0.shape[1]
+        out = self.z0.new_full((points, batch, features), float("nan"))
+        if not self.outputs:
+            return out
+        everyone = torch.arange(batch, device=self.z0.device)
+        point = torch.cat([p if s is not None else p.repeat_interleave(batch) for p, s, _ in self.outputs])
+        sample = torch.cat([s if s is not None else everyone.repeat(len(p)) for p, s, _ in self.outputs])
+        values = torch.cat([v.reshape(-1, features) for _, _, v in self.outputs])
+        return out.index_put((point, sample), values)

@@ -1,0 +1,75 @@
+"""What is solved. An equation is data: the vector field and how it is called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class ODE:
+    """The ordinary differential equation dz/dt = f(t, z) or f(t, z, args).
+
+    Args:
+        f: a function or `nn.Module`, called as `f(t, z)`, or `f(t, z, args)` when the solve is given `args`. A callable
+            that takes one positional argument, such as an `nn.Sequential`, is the autonomous f(z).
+            z has the structure and shape of the initial state; t has shape [batch, 1, ..., 1] under per-sample
+            control and no dimensions under joint control, so that it broadcasts to z either way. f returns dz/dt with
+            the structure, shape, dtype and device of z.
+
+    Raises:
+        TypeError: f is not callable.
+
+    """
+
+    f: Callable
+    takes_time: bool = field(init=False)
+
+    def __post_init__(self):
+        if not callable(self.f):
+            raise TypeError(
+                f"f must be a callable f(t, z) or f(t, z, args), got {type(self.f).__name__}; "
+                "pass a function or an nn.Module"
+            )
+        object.__setattr__(self, "takes_time", _positional_parameters(self.f) != 1)
+
+
+def _positional_parameters(f: Callable) -> int | None:
+    """How many positional arguments f takes (0, 1, or at least 2), or None where its signature does not tell."""
+    # A Module's own __call__ is (*args, **kwargs); its forward says what it takes.
+    target = f.forward if isinstance(f, torch.nn.Module) else f
+    bound = inspect.ismethod(target)
+    try:
+        count = _count(target.__func__ if bound else target)
+    except TypeError:  # a callable that can't be weakly referenced
+        count = _count.__wrapped__(target)
+    return count if count is None else count - bound
+
+
+def _remembered(function):
+    """Caches by a weakly referenced argument: reading a signature takes longer than a small f."""
+    known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def wrapper(target):
+        if target not in known:
+            known[target] = function(target)
+        return known[target]
+
+    return wrapper
+
+
+@_remembered
+def _count(target: Callable) -> int | None:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

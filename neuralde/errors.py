@@ -1,0 +1,130 @@
+"""What can go wrong in a solve, as types: one hierarchy, one way of saying it."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+
+
+class Status(enum.IntEnum):
+    """How one sample's solve ended; the value stored in `Solution.status`.
+
+    The member's `.message` is what a user reads when a solve fails that way.
+    """
+
+    SUCCESS = 0
+    STEP_SIZE_UNDERFLOW = 1
+    NON_FINITE = 2
+    MAX_STEPS = 3
+    NOT_CONVERGED = 4
+
+    @property
+    def message(self) -> str:
+        """What happened, what it usually means and what to try."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.SUCCESS: "the solve reached its end",
+    Status.STEP_SIZE_UNDERFLOW: (
+        "the step size fell below what the time's floating-point precision can resolve, and the error test still "
+        "failed. This usually means a stiff or discontinuous f (look at the stiffness), or tolerances below the "
+        "state's precision. Try larger rtol/atol, a float64 state, a smoother or regularized f "
+        "(regularizers.GlobalStiffness, regularizers.LocalStiffness), or a fixed-step solver with dt0"
+    ),
+    Status.NON_FINITE: (
+        "f returned NaN or infinity, or the state overflowed, and smaller steps did not help. Look at f near that t "
+        "and state: a log or square root outside its domain, a division by zero, an output that grows without bound. "
+        "Try a bounded activation (tanh), a smaller dt0, or check the input and the parameters for NaN"
+    ),
+    Status.MAX_STEPS: (
+        "the step budget ran out before the end of the horizon. Either the problem needs more steps (raise max_steps, "
+        "or loosen rtol/atol), or it is stiff (look at the stiffness: steps are then limited by stability, not by "
+        "accuracy) and wants regularization or a stiff solver"
+    ),
+    Status.NOT_CONVERGED: (
+        "the steady state was not reached. Raise max_steps, loosen the termination tolerance, or make the map more "
+        "contractive"
+    ),
+}
+
+
+class NeuralDEError(RuntimeError):
+    """Base class of every failure of a solve.
+
+    Attributes:
+        samples: indices of the samples that failed, list of int.
+        t, dt, error, stiffness: per failed sample, list of float: the time reached, the last step size tried, its
+            error ratio (accepted up to 1) and its stiffness estimate (NaN where the solver has none).
+
+    """
+
+    def __init__(self, message: str, samples=(), t=(), dt=(), error=(), stiffness=()):
+        super().__init__(message)
+        self.samples, self.t, self.dt = list(samples), list(t), list(dt)
+        self.error, self.stiffness = list(error), list(stiffness)
+
+
+class StepSizeUnderflow(NeuralDEError):
+    """The step size fell below the precision of t while the error test still failed."""
+
+
+class NonFiniteState(NeuralDEError):
+    """f, or the state, became NaN or infinite and smaller steps did not help."""
+
+
+class MaxStepsReached(NeuralDEError):
+    """`max_steps` attempts were made without reaching the end of the horizon."""
+
+
+class NotConverged(NeuralDEError):
+    """A steady state was asked for and not reached."""
+
+
+class SolveWarning(UserWarning):
+    """A solve failed for some samples and `on_failure="warn"` was asked for."""
+
+
+_TYPES = {
+    Status.STEP_SIZE_UNDERFLOW: StepSizeUnderflow,
+    Status.NON_FINITE: NonFiniteState,
+    Status.MAX_STEPS: MaxStepsReached,
+    Status.NOT_CONVERGED: NotConverged,
+}
+
+_SHOWN = 5  # samples described one by one in a message; the rest are counted
+
+
+def failure(status, t, dt, error, stiffness, joint: bool) -> NeuralDEError:
+    """The error that describes the failed samples.
+
+    Args:
+        status, t, dt, error, stiffness: tensors of shape [batch] (one entry when `joint`): the state of each sample
+            when it stopped; `error` and `stiffness` may hold NaN.
+        joint: whether one step size served the whole batch, so that entry 0 speaks for all samples.
+
+    """
+    failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
+    columns = [x.detach().double()[failed].tolist() for x in (t, dt, error, stiffness)]
+    kinds = [Status(int(status[i])) for i in failed]
+    first = kinds[0]
+    lines = []
+    for i, kind, *numbers in list(zip(failed, kinds, *columns, strict=True))[:_SHOWN]:
+        who = "the batch (joint control)" if joint else f"sample {i}"
+        at, h, ratio, stiff = numbers
+        about = "no estimate with this solver" if stiff != stiff else f"{stiff:.4g}"
+        lines.append(
+            f"  {who}: {kind.name.lower()} at t = {at:.9g}, dt = {h:.4g}, "
+            f"error ratio = {_ratio(ratio)}, stiffness = {about}"
+        )
+    if len(failed) > _SHOWN:
+        lines.append(f"  and {len(failed) - _SHOWN} more")
+    count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
+    advice = "; ".join(f"{kind.name.lower()}: {kind.message}" for kind in dict.fromkeys(kinds))
+    message = f"{count} failed.\n" + "\n".join(lines) + f"\n{advice}."
+    return _TYPES[first](message, failed, *columns)
+
+
+def _ratio(value: float) -> str:
+    return "not finite" if value != value or value == float("inf") else f"{value:.4g}"

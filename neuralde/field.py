@@ -1,0 +1,361 @@
+"""The user's f as the engine sees it: flat, counted, on any subset of the samples, with its randomness frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .equations import ODE
+from .state import Layout
+
+# Vector fields whose samples were found independent of each other; checked once per object.
+_INDEPENDENT: weakref.WeakSet = weakref.WeakSet()
+
+
+class Field:
+    """f(t, z) -> dz/dt on [batch, features] tensors.
+
+    Args:
+        equation: what is solved.
+        layout: of its state.
+        args: tensors for f's last argument, or None.
+        joint: whether t is one scalar for the batch.
+
+    Attributes:
+        calls: batched evaluations of f so far.
+
+    """
+
+    def __init__(self, equation: ODE, layout: Layout, args, joint: bool):
+        self.equation, self.layout, self.args, self.joint = equation, layout, args, joint
+        self.calls = 0
+        self._frozen = None  # the random generators' states that every evaluation starts from, where f is random
+        self._subsets: str | None = None  # how a part of the batch is evaluated: "index", "share" or "pad"
+        self._filler: tuple[Tensor, Tensor] | None = None
+        self._autocast = _autocast_state(layout.device)
+        # Whether f takes and returns the engine's tensors as they are.
+        self._plain = layout.tree is None and layout.dtype == layout.work_dtype and len(layout.shapes[0]) == 1
+        self._simple = self._plain and equation.takes_time and args is None
+        self._time_shape = () if joint else (-1, *(1,) * (layout.time_rank - 1))
+        self._time_dtype = layout.dtype if layout.dtype != layout.work_dtype else layout.time_dtype
+        if args is not None and not equation.takes_time:
+            raise TypeError("args was given, but f takes z alone; give f the signature f(t, z, args)")
+
+    def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
+        """The times t + c·dt as f takes them: [batch, 1, ..., 1], or without dimensions when joint.
+
+        Args:
+            t, dt: [groups]. c: [evaluations, 1]; None for t alone.
+
+        """
+        if not self.equation.takes_time:
+            return (None,) * (1 if c is None else len(c))
+        stack = t[None] if c is None else torch.addcmul(t, c, dt)
+        return stack.view(len(stack), *self._time_shape).to(self._time_dtype).unbind(0)
+
+    def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
+        """dz/dt for all samples. t: of `times`; z: [batch, features]."""
+        if self._simple:  # the common case, without a detour
+            self.calls += 1
+            return self.equation.f(t, z)
+        return self._evaluate(t, z, self.args)
+
+    def _evaluate(self, t, z: Tensor, args) -> Tensor:
+        derivative = self._call(t, z, args)
+        return derivative if self._plain else self.layout.pack(derivative)
+
+    def _call(self, t, z: Tensor, args):
+        self.calls += 1
+        if self._frozen is not None:
+            with _generators(self._frozen, self.layout.device):
+                return self._invoke(t, z, args)
+        return self._invoke(t, z, args)
+
+    def _invoke(self, t, z: Tensor, args):
+        z = z if self._plain else self.layout.unpack(z)
+        if not self.equation.takes_time:
+            return self.equation.f(z)
+        return self.equation.f(t, z) if args is None else self.equation.f(t, z, args)
+
+    # -- the first evaluation of a solve ---------------------------------------------------------------------------
+
+    def first(self, t: Tensor, z: Tensor, t_other: Tensor) -> Tensor:
+        """The evaluation that starts a solve: checks what f returns, finds its randomness and its batch mixing.
+
+        Args:
+            t, z: where the solve starts.
+            t_other: other times of the horizon, shaped like t.
+
+        """
+        before = _generator_states(self.layout.device)
+        derivative = self._call(self.times(t)[0], z, self.args)
+        flat = self.layout.pack_derivative(derivative, len(z), self._autocast is not None)
+        after = _generator_states(self.layout.device)
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            self._frozen, self._subsets, self._simple = before, "pad", False
+        if not self.joint and len(z) > 1 and not _is_in(_INDEPENDENT, self.equation.f):
+            self._check_independence(t, z.detach(), flat.detach(), t_other)
+        self._filler = t.detach(), z.detach()
+        return flat
+
+    @torch.no_grad()
+    def _check_independence(self, t: Tensor, z: Tensor, slope: Tensor, t_other: Tensor):
+        """Changes the last sample's state and time, and looks whether another sample's derivative notices."""
+        t, z = t.clone(), z.clone()
+        t[-1] = t_other[-1]
+        z[-1] = 1.1 * z[-1] + 0.1
+        change = (self(self.times(t)[0], z) - slope)[:-1].abs()
+        if change.max() > _rounding(self.layout.dtype) * slope[:-1].abs().max().clamp(min=1e-30):
+            raise ValueError(mixing_message("f gives a sample another derivative when another sample changes"))
+        with contextlib.suppress(TypeError):  # an f that can't be weakly referenced is checked at every solve
+            _INDEPENDENT.add(self.equation.f)
+
+    # -- a part of the batch ---------------------------------------------------------------------------------------
+
+    def can_shrink(self) -> bool:
+        """Whether f can be evaluated on some of the samples alone, so that leaving the others out saves work."""
+        if self._subsets is None:
+            self._subsets = self._find_subsets(*self._filler)
+        return self._subsets != "pad"
+
+    def on(self, rows: Tensor | None) -> Field | _Part:
+        """F for the samples `rows` (ascending indices) only."""
+        if rows is None:
+            return self
+        return _Part(self, rows, padded=not self.can_shrink())
+
+    def _args_of(self, rows: Tensor):
+        batch = self.layout.batch
+
+        def pick(leaf):
+            per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch
+            return leaf.index_select(0, rows) if per_sample else leaf
+
+        return pytree.tree_map(pick, self.args)
+
+    @torch.no_grad()
+    def _find_subsets(self, t: Tensor, z: Tensor) -> str:
+        """Finds by trial how f must be called for fewer samples.
+
+        f may hold tensors of the whole batch (a control input, torchdyn's DataControl), and so may args, where a
+        leading dimension equal to the batch size is no proof. What reproduces the full result is right; where
+        neither does, the whole batch is evaluated and the rows are picked.
+        """
+        rows = torch.arange(len(z) - 1, device=z.device)
+        full = self._evaluate(self.times(t)[0], z, self.args)[:-1]
+        tolerance = _rounding(self.layout.dtype) * full.abs().max()
+        for policy, args in (("index", self._args_of(rows)), ("share", self.args)):
+            try:
+                part = self._evaluate(self.times(t[:-1])[0], z[:-1], args)
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            if part.shape == full.shape and not (part - full).abs().max() > tolerance:
+                return policy
+        return "pad"
+
+    # -- gradients -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """The state of autocast that the forward solve ran under, for a replay in the backward pass."""
+        if self._autocast is None:
+            yield
+        else:
+            with torch.autocast(self.layout.device.type, dtype=self._autocast, cache_enabled=False):
+                yield
+
+
+class _Part:
+    """A field on some of the samples.
+
+    Args:
+        field: of the whole batch.
+        rows: the samples, ascending.
+        padded: whether f is evaluated on the whole batch all the same, the other samples standing still.
+
+    """
+
+    def __init__(self, field: Field, rows: Tensor, padded: bool):
+        self.field, self.rows, self.padded = field, rows, padded
+        self.args = field._args_of(rows) if field._subsets == "index" else field.args
+
+    def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
+        """See `Field.times`; t and dt have one entry per row."""
+        if not self.padded:
+            return self.field.times(t, c, dt)
+        everyone = self.field._filler[0]
+        return self.field.times(
+            everyone.index_copy(0, self.rows, t),
+            c,
+            None if dt is None else torch.zeros_like(everyone).index_copy(0, self.rows, dt),
+        )
+
+    def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
+        """dz/dt of the rows, [rows, features]."""
+        if not self.padded:
+            return self.field._evaluate(t, z, self.args)
+        everyone = self.field._filler[1].index_copy(0, self.rows, z)
+        return self.field(t, everyone).index_select(0, self.rows)
+
+
+def mixing_message(finding: str) -> str:
+    """Why per-sample control can't be used, and what can."""
+    return (
+        f'control="per_sample" needs an f that treats every sample alone, but {finding} (batch normalization on batch '
+        'statistics does that). Use control="joint", which steps the whole batch together, or replace what mixes: '
+        "GroupNorm or LayerNorm, or batch normalization in eval mode"
+    )
+
+
+def mixing_module(f) -> str | None:
+    """The name of a submodule that is known to mix samples as it is now, or None."""
+    if isinstance(f, nn.Module):
+        for name, module in f.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+                module.training or not module.track_running_stats
+            ):
+                return f"{name or 'f'} ({type(module).__name__})"
+    return None
+
+
+def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The first evaluation, and the tensors beside z and args that f's value depends on and that want a gradient.
+
+    What f uses is watched during the evaluation; what it may use at other times is found by inspection: a Module's
+    parameters, and the tensors and Modules that a function closes over, is bound to, or names as globals.
+    """
+    watch = _Watch()
+    with torch.enable_grad(), watch:
+        slope = field.first(t, z, t_other)
+    given = {id(leaf) for leaf in pytree.tree_leaves(field.args)}
+    found = {id(x): x for x in [*watch.foreign.values(), *_reachable(field.equation.f)] if id(x) not in given}
+    found.pop(id(z), None)
+    return slope.detach(), list(found.values())
+
+
+class _Watch(TorchFunctionMode):
+    """Collects tensors that require gradients and enter a computation from outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.foreign: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}  # keeps the tensors alive, so that ids stay unique
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self._made:
+                self.foreign[id(leaf)] = leaf
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf) not in self.foreign:
+                self._made[id(leaf)] = leaf
+        return out
+
+
+class Substitute(TorchFunctionMode):
+    """Replaces tensors by others in everything that is computed inside of it.
+
+    A replayed f must see a closed-over, non-leaf tensor as the end of its graph: the rest of that graph belongs to the
+    outer backward pass, and running through it here would count it twice.
+    """
+
+    def __init__(self, pairs):
+        super().__init__()
+        self._new = {id(old): new for old, new in pairs}
+        self._old = [old for old, _ in pairs]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def swap(leaf):
+            return self._new.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+        return func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs or {}))
+
+
+def _reachable(f) -> list[Tensor]:
+    """Tensors wanting gradients that f can get at, without running it."""
+    found, seen, todo = [], set(), [f]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, Tensor):
+            found.extend([x] if x.requires_grad else [])
+        elif isinstance(x, nn.Module):
+            found.extend(p for p in x.parameters() if p.requires_grad)
+        elif isinstance(x, functools.partial):
+            todo.extend([x.func, *x.args, *x.keywords.values()])
+        elif inspect.ismethod(x):
+            todo.extend([x.__func__, x.__self__])
+        elif isinstance(x, types.FunctionType):
+            todo.extend(cell.cell_contents for cell in x.__closure__ or () if _filled(cell))
+            todo.extend(x.__defaults__ or ())
+            todo.extend((x.__kwdefaults__ or {}).values())
+            named = (x.__globals__.get(name) for name in x.__code__.co_names)
+            todo.extend(v for v in named if isinstance(v, Tensor | nn.Module | types.FunctionType | functools.partial))
+        elif isinstance(x, list | tuple):
+            todo.extend(x)
+        elif isinstance(x, dict):
+            todo.extend(x.values())
+        elif hasattr(x, "__dict__") and not isinstance(x, type | types.ModuleType):
+            todo.extend(v for v in vars(x).values() if isinstance(v, Tensor | nn.Module | list | tuple | dict))
+    return found
+
+
+def _filled(cell) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  (an empty cell raises)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_in(collection: weakref.WeakSet, x) -> bool:
+    try:
+        return x in collection
+    except TypeError:  # not hashable or not weakly referenceable
+        return False
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    # float32 products may run in TF32, whose rounding is that of float16.
+    return {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 5e-3, torch.complex64: 5e-3}.get(dtype, 5e-2)
+
+
+def _autocast_state(device: torch.device) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextlib.contextmanager
+def _generators(states: list[Tensor], device: torch.device):
+    """Runs with the random generators in the given states, and leaves them afterwards as they were."""
+    saved = _generator_states(device)
+    _set_generators(states, device)
+    try:
+        yield
+    finally:
+        _set_generators(saved, device)
+
+
+def _set_generators(states: list[Tensor], device: torch.device):
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

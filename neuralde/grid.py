@@ -1,0 +1,158 @@
+"""The accepted steps of a solve: what a replay runs through. Each sample's steps are packed to the left."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Record:
+    """One attempt of the discovery in which at least one sample was accepted.
+
+    n samples took part; the control figures have one entry per group: n under per-sample control, 1 under joint.
+
+    Attributes:
+        rows: indices of the n samples in the batch, or None for all of them.
+        accepted: [n], or None where every sample of the batch was accepted.
+        t, dt, t_end: [groups].
+        z: [n, features], the state at t.
+        figures: of `control.Judge`, [1 to 3, groups], or None where the solver reports nothing.
+        lens: on a tape, what error and stiffness can be differentiated from: (error vector, z at the end, pair).
+        snapshot: [rows, n, features], the stages, where they are kept.
+
+    """
+
+    rows: Tensor | None
+    accepted: Tensor | None
+    t: Tensor
+    dt: Tensor
+    t_end: Tensor
+    z: Tensor
+    figures: Tensor | None
+    lens: tuple | None = None
+    snapshot: Tensor | None = None
+
+
+class Grid:
+    """Accepted steps: step j of every sample that has one, for j = 0, 1, ...
+
+    Attributes:
+        rows: per step, the samples that take it (ascending), or None for all.
+        t, dt, t_end: per step, [groups].
+        sizes: per step, the number of groups.
+        counts: accepted steps per sample, [batch].
+
+    """
+
+    def __init__(self, records: list[Record], batch: int, joint: bool, like: Tensor, times: Tensor):
+        self.batch, self.joint = batch, joint
+        self.groups = 1 if joint else batch
+        device = like.device
+        self._whole = all(r.rows is None and r.accepted is None for r in records)
+        if self._whole:
+            self._masks = self._order = None
+            self.sizes = [self.groups] * len(records)
+            self.rows = [None] * len(records)
+            self.counts = torch.full((batch,), len(records), device=device)
+        else:
+            everyone = torch.arange(batch, device=device)
+            self._masks = [r.accepted for r in records]
+            samples = self._cat([everyone if r.rows is None else r.rows for r in records])
+            # The j-th appearance of a sample is its step j.
+            order = torch.argsort(samples, stable=True)
+            self.counts = torch.bincount(samples, minlength=batch)
+            starts = self.counts.cumsum(0) - self.counts
+            step = torch.empty_like(samples)
+            step[order] = torch.arange(len(samples), device=device) - starts[samples[order]]
+            self._order = torch.argsort(step * batch + samples)
+            self._step, self._sample = step[self._order], samples[self._order]
+            self.sizes = torch.bincount(step).tolist()
+            self.rows = [None if len(rows) == batch else rows for rows in self._sample.split(self.sizes)]
+        self.t, self.dt, self.t_end = (
+            self.split(self.gather([getattr(r, name) for r in records], times)) for name in ("t", "dt", "t_end")
+        )
+        # States are packed when they are first asked for: "direct" has them on its tape and rarely asks.
+        self._unpacked, self._like = [r.z for r in records], like
+        self._flat_z = self._z = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def _cat(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([x if m is None else x[m] for x, m in zip(parts, self._masks, strict=True)])
+
+    def gather(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        """Per-record tensors [n, ...] -> [all accepted, ...], by step and then by sample."""
+        if not parts:
+            return like.new_empty(0, *like.shape[1:])
+        return torch.cat(parts) if self._whole else self._cat(parts).index_select(0, self._order)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """[all accepted, ...] -> one view per step."""
+        return list(flat.split(self.sizes)) if self.sizes else []
+
+    @property
+    def flat_z(self) -> Tensor:
+        """All states, [all accepted, features] ([steps·batch, features] under joint control)."""
+        if self._flat_z is None:
+            self._flat_z = self.gather(self._unpacked, self._like)
+            self._unpacked = self._like = None
+        return self._flat_z
+
+    @property
+    def z(self) -> list[Tensor]:
+        """Per step, [samples, features]: the state at t. Views of `flat_z`."""
+        if self._z is None:
+            self._z = list(self.flat_z.split(self.batch if self._whole else self.sizes)) if self.sizes else []
+        return self._z
+
+    @functools.cached_property
+    def flat_index(self) -> Tensor:
+        """Where step j of sample b lies in the flat states, [steps, batch]; 0 where there is none."""
+        if self._whole:
+            return torch.arange(len(self) * self.batch, device=self.counts.device).view(len(self), self.batch)
+        return self.pad(torch.arange(len(self._step), device=self.counts.device), 0)
+
+    def pad(self, flat: Tensor, fill: float = 0.0) -> Tensor:
+        """[all accepted, ...] -> [steps, batch, ...], `fill` where a sample has no such step. Differentiable."""
+        if self._whole:
+            groups = self.groups if len(flat) == len(self) * self.groups else self.batch
+            return flat.view(len(self), groups, *flat.shape[1:]).expand(len(self), self.batch, *flat.shape[1:])
+        out = flat.new_full((len(self), self.batch, *flat.shape[1:]), fill)
+        return out.index_put((self._step, self._sample), flat)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which samples have a step j, [steps, batch]."""
+        steps = torch.arange(len(self), device=self.counts.device)
+        return steps[:, None] < self.counts
+
+    def padded(self, name: str, fill: float = 0.0) -> Tensor:
+        """`t`, `dt` or `t_end` as [steps, groups]; under joint control one column."""
+        flat = torch.cat(getattr(self, name))
+        return flat.view(len(self), self.groups) if self._whole else self.pad(flat, fill)
+
+    def locate(self, times: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Where times lie on the grid.
+
+        Args:
+            times: [points, groups] (or [points, batch] under joint control).
+            direction: +1 or -1, [groups].
+
+        Returns:
+            (step, theta), each [points, groups or batch]: the index of the step that contains the time, and the
+            fraction of it in [0, 1].
+
+        """
+        ends = (self.padded("t_end", fill=float("nan")) * direction).nan_to_num(nan=float("inf"))
+        ends = ends.T.expand(times.shape[1], -1).contiguous()
+        with torch.no_grad():
+            step = torch.searchsorted(ends, (times * direction).T.contiguous(), side="left").T
+            step = step.minimum(self.counts[: times.shape[1]] - 1).clamp(min=0)
+        t, dt = self.padded("t").expand(-1, times.shape[1]), self.padded("dt").expand(-1, times.shape[1])
+        theta = (times - t.gather(0, step)) / dt.gather(0, step)
+        return step, theta.clamp(0.0, 1.0)

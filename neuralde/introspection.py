@@ -1,0 +1,243 @@
+"""The lens: one step looked at closely, and accepted steps made again; all of it differentiable.
+
+Step sizes are constants to every gradient here, as they are everywhere in the package: the same penalty has grossly
+different gradients with and without the path through dt, and the controllers of the papers' code cut it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import control as _control
+from . import solvers
+from .adjoints.base import Outcome
+from .control import StepControl
+from .discover import Problem
+from .equations import ODE
+from .errors import Status
+from .field import Field
+from .replay import Schedule, replay_all
+from .solution import Solution
+from .solvers import Solver, Step
+from .state import Layout
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One step under the lens. Under joint control every figure is one value repeated.
+
+    Attributes:
+        t, dt: where it starts and its (signed) size, [batch]; constants to the gradient.
+        z: the state at its end, in the structure of the state given.
+        error: the embedded error estimate over the tolerance, RMS: what a controller would compare with 1. [batch],
+            or None where the solver has no estimate. A probe is never rejected, so it may exceed 1.
+        raw_error: the same before the tolerance divides it: RMS of the estimate, in units of z. [batch] or None.
+        stiffness: estimate of |λ|, in units of 1/t. [batch], or None where the solver has none.
+        solver: the method that made the step.
+
+    """
+
+    t: Tensor
+    dt: Tensor
+    z: object
+    error: Tensor | None
+    raw_error: Tensor | None
+    stiffness: Tensor | None
+    solver: Solver
+
+
+def probe(
+    f: Callable | ODE,
+    t,
+    z,
+    dt: float | Tensor | None = None,
+    solver: str | Solver = "tsit5",
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    control: str | StepControl = "per_sample",
+    args=None,
+    t1=None,
+) -> Probe:
+    """Makes one step of dz/dt = f(t, z) from (t, z) and reports its error and stiffness, differentiably.
+
+    Args:
+        f: the vector field, as in `ODE`.
+        t: a time, or one per sample, [batch].
+        z: the state, [batch, ...], or a tuple or dict of such tensors.
+        dt: the (signed) step size, a number or [batch]; None takes the automatic first step that a solve from here to
+            t1 would begin with.
+        solver: which method's step.
+        rtol, atol: the tolerances that `error` is relative to, and that the automatic step is made for.
+        control: "per_sample", or "joint": one step size and one norm for the batch.
+        args: for f's last argument.
+        t1: where the solve would end: gives the automatic step its direction and its largest size. None: forward,
+            without limit.
+
+    Returns:
+        A `Probe`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or f mixes samples under per-sample control.
+
+    """
+    layout = Layout.of(z)
+    control = _control.get(control)
+    joint = not control.per_sample
+    groups = 1 if joint else layout.batch
+
+    def times(name, x):
+        x = torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device)
+        if x.dim() > 1 or (x.dim() == 1 and len(x) not in (1, groups)):
+            raise ValueError(f"{name} must be a number{'' if joint else f' or [batch] = [{groups}]'}, got {x.shape}")
+        return x.detach().expand(groups)
+
+    t = times("t", t)
+    end = t + 1e30 if t1 is None else times("t1", t1)
+    equation = f if isinstance(f, ODE) else ODE(f)
+    problem = Problem(
+        field=Field(equation, layout, args, joint),
+        solver=solvers.get(solver),
+        control=control,
+        times=torch.stack([t, end]),
+        rtol=rtol,
+        atol=atol,
+        dt0=None,
+        max_steps=1,
+        keep_stages=False,
+        stop_early=True,
+    )
+    flat = layout.pack(z)
+    flat = flat if flat.dtype == layout.work_dtype else flat.to(layout.work_dtype)
+    slope = problem.field.first(t, flat, t + 1.0)
+    return _look(problem, t, flat, slope, None if dt is None else times("dt", dt))
+
+
+def probe_solution(
+    solution: Solution, t: Tensor, through_state: bool = False, solver: str | Solver | None = None
+) -> Probe:
+    """`probe` from a point on a solution, with its vector field, tolerances and control.
+
+    The step is the one that a new solve from there to the end of the horizon would begin with.
+
+    Args:
+        solution: of `solve`.
+        t: [batch] times on the horizon (equal ones under joint control).
+        through_state: whether gradients flow into the solution at t.
+        solver: another method than the solution's.
+
+    Returns:
+        A `Probe`.
+
+    """
+    problem = solution._problem
+    t = problem._groups(t.detach().to(problem.times))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and through_state):
+        z = solution._at(t)
+    problem = dataclasses.replace(
+        problem,
+        solver=problem.solver if solver is None else solvers.get(solver),
+        times=torch.stack([t.expand(problem.times.shape[1]), problem.times[-1]]),
+    )
+    return _look(problem, t, z, problem.field(problem.field.times(t)[0], z), None)
+
+
+def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
+    p, solver, batch = problem, problem.solver, len(z)
+    if dt is None:
+        with torch.no_grad():
+            dt = _control.initial_step(
+                p.field, t, z.detach(), slope.detach(), p.span, solver.order, p.rtol, p.atol, p.joint
+            )
+    step = solver.step(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
+    error = raw = stiffness = None
+    if step.error is not None:
+        error = p.ratio(step.error, z, step.z).expand(batch)
+        raw = _control.rms(step.error, p.joint).expand(batch)
+    if step.pair is not None:
+        stiffness = p.stiffness(step.pair, dt).expand(batch)
+    return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)
+
+
+def raw_error(problem: Problem, step: Step, z: Tensor, t: Tensor, dt: Tensor) -> Tensor:
+    """A figure for `measure`: RMS of the embedded error estimate, not divided by the tolerance."""
+    return _control.rms(step.error, problem.joint)
+
+
+def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Makes every accepted step again and takes a figure of each, at the memory of the checkpointed adjoint.
+
+    Args:
+        solution: of `solve`.
+        figure: (problem, step, z, t, dt) -> [groups]: the step's `Step`, and where it started. z is [samples,
+            features], t and dt are [groups].
+
+    Returns:
+        [step, batch], 0 where a sample has no such step. Differentiable where `solution.steps.error` is.
+
+    """
+    p, outcome = solution._problem, solution._outcome
+    grid = outcome.trajectory.grid
+    taped = torch.is_grad_enabled()
+
+    def one(z, j):
+        f, t, dt = p.field.on(grid.rows[j]), grid.t[j], grid.dt[j]
+        step = p.solver.step(f, t, dt, z, None, p.solver.memory(z, torch.is_grad_enabled()))
+        return figure(p, step, z, t, dt)
+
+    if not len(grid):
+        return p.start.new_zeros(0, grid.batch)
+    states = outcome.states().split([len(z) for z in grid.z])
+    parts = [checkpoint(one, z, j, use_reentrant=False) if taped else one(z, j) for j, z in enumerate(states)]
+    return grid.pad(torch.cat(parts))
+
+
+def replay(solution: Solution, z0=None, args=None) -> Solution:
+    """Solves again on the frozen grid of a solution: the same steps, with whatever f's parameters are now.
+
+    The result is the differentiable function that the solve's gradients are the gradients of; finite differences of it
+    are what they are tested against. Every step is on the tape (the memory of adjoint "direct").
+
+    Args:
+        solution: of `solve`.
+        z0: another initial state, of the same structure and shapes; None for the same.
+        args: other args; None for the same.
+
+    """
+    old, trajectory = solution._problem, solution._outcome.trajectory
+    field = copy.copy(old.field)
+    field.calls = 0
+    field.args = field.args if args is None else args
+    problem = dataclasses.replace(old, field=field, keep_stages=False)
+    flat = solution._z0
+    if z0 is not None:
+        layout = Layout.of(z0)
+        if (layout.shapes, layout.batch, layout.dtype) != (field.layout.shapes, field.layout.batch, field.layout.dtype):
+            raise ValueError("z0 must have the structure, shapes and dtype of the solution's own initial state")
+        flat = layout.pack(z0).to(layout.work_dtype)
+    schedule = None
+    if problem.interior is not None:
+        schedule = Schedule(problem, trajectory.grid, trajectory.reached)
+    path = replay_all(problem, trajectory.grid, flat, trajectory.status == Status.SUCCESS, schedule)
+    outcome = Outcome(
+        trajectory=trajectory,
+        final=path.final,
+        interior=path.interior,
+        error=None if path.error is None else functools.partial(_same, path.error),
+        stiffness=None if path.stiffness is None else functools.partial(_same, path.stiffness),
+        states=functools.partial(_same, path.states),
+    )
+    middle = () if path.interior is None else (path.interior,)
+    zs = field.layout.unpack(torch.cat([flat[None], *middle, path.final[None]]))
+    return Solution(problem, outcome, solution.ts, zs, flat)
+
+
+def _same(x):
+    return x

@@ -1,0 +1,6 @@
+"""Layers: nn.Modules over `solve`."""
+
+from .neural_ode import NeuralODE
+from .time import AppendTime, TimeChain
+
+__all__ = ["AppendTime", "NeuralODE", "TimeChain"]

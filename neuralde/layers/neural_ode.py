@@ -1,0 +1,105 @@
+"""The Neural ODE layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .. import adjoints, solvers
+from .. import control as _control
+from ..equations import ODE
+from ..field import mixing_message, mixing_module
+from ..solution import Solution
+from ..solve import solve
+
+
+class NeuralODE(nn.Module):
+    """z(t0) -> z(t1) of dz/dt = f(t, z), as a layer.
+
+    Args:
+        f: the vector field: `f(t, z)`, `f(t, z, args)`, or a Module of z alone. See `ODE`.
+        t: the horizon (t0, t1).
+        **solve_options: of `solve`: solver, rtol, atol, control, adjoint, max_steps, dt0, dense, on_failure.
+
+    Attributes:
+        solution: the `Solution` of the last call, or None. It holds that call's graph until the next one.
+
+    Raises:
+        TypeError: an option that `solve` doesn't have.
+        ValueError: f mixes samples (batch normalization in training mode) under per-sample control.
+
+    """
+
+    def __init__(self, f: Callable, t=(0.0, 1.0), **solve_options):
+        super().__init__()
+        known = ("solver", "rtol", "atol", "control", "adjoint", "max_steps", "dt0", "dense", "on_failure")
+        for name in solve_options:
+            if name not in known:
+                raise TypeError(f"NeuralODE has no option {name!r}; the options of solve are {', '.join(known)}")
+        self.f = f
+        self._equation = ODE(f)
+        self.t = t
+        self.solve_options = solve_options
+        self.solution: Solution | None = None
+        self._solver = solvers.get(solve_options.get("solver", "tsit5"))
+        adjoints.get(solve_options.get("adjoint", "checkpointed"))
+        self._refuse_mixing()
+
+    @property
+    def equation(self) -> ODE:
+        """dz/dt = f(t, z)."""
+        if self._equation.f is not self.f:  # f was exchanged
+            self._equation = ODE(self.f)
+        return self._equation
+
+    def _refuse_mixing(self):
+        if _control.get(self.solve_options.get("control", "per_sample")).per_sample:
+            name = mixing_module(self.f)
+            if name is not None:
+                raise ValueError(mixing_message(f"{name} in f computes statistics over the batch"))
+
+    def forward(self, z0, args=None):
+        """The state at t1, in the shape and structure of z0.
+
+        Args:
+            z0: [batch, ...], or a tuple or dict of such tensors.
+            args: for f's last argument.
+
+        """
+        return self.solve(z0, args=args).final
+
+    def solve(self, z0, t=None, args=None) -> Solution:
+        """The whole `Solution`, which `.solution` then holds too.
+
+        Args:
+            z0, args: as in `forward`.
+            t: output times instead of the layer's horizon.
+
+        """
+        self.solution = None  # lets go of the last call's graph before this one's is built
+        self._refuse_mixing()
+        self.solution = solve(self.equation, z0, self.t if t is None else t, args=args, **self.solve_options)
+        return self.solution
+
+    def trajectory(self, z0, ts, args=None):
+        """The states at the times ts, [times, batch, ...].
+
+        Args:
+            z0, args: as in `forward`.
+            ts: [times] or [batch, times], the first one where z0 is.
+
+        """
+        return self.solve(z0, ts, args=args).zs
+
+    def extra_repr(self) -> str:
+        """The solver and its tolerances."""
+        shown = {"rtol": 1e-3, "atol": 1e-6, **self.solve_options, "solver": self._solver.name}
+        if not self._solver.adaptive:
+            shown = {k: v for k, v in shown.items() if k not in ("rtol", "atol")}
+        horizon = self.t if isinstance(self.t, tuple) else "given"
+        return f"t={horizon}, " + ", ".join(f"{name}={shown[name]}" for name in sorted(shown))
+
+    def __getstate__(self):
+        # A solution holds a graph, which can be neither copied nor pickled, and belongs to one call.
+        return {**self.__dict__, "solution": None}

@@ -1,0 +1,61 @@
+"""Pictures of a Solution. Imports matplotlib when they are drawn, not before."""
+
+from __future__ import annotations
+
+from .solution import Solution
+
+
+def plot_solution(solution: Solution, sample: int = 0, axes=None):
+    """Draws where a solver works hard: step size, error ratio and stiffness of one sample along t.
+
+    Args:
+        solution: of `solve`.
+        sample: which one.
+        axes: three matplotlib axes to draw on; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: no such sample, or not three axes.
+
+    """
+    batch = len(solution.status)
+    if not 0 <= sample < batch:
+        raise ValueError(f"sample must be from 0 to {batch - 1}, got {sample}")
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(3, 1, sharex=True, figsize=(6, 6), layout="constrained")
+    if len(axes) != 3:
+        raise ValueError(f"axes must be three matplotlib axes, got {len(axes)}")
+    steps = solution.steps
+    taken = steps.mask[:, sample]
+
+    def column(figure):
+        return None if figure is None else figure.detach()[taken, sample].cpu().double().numpy()
+
+    t, dt = column(steps.t), column(steps.dt)
+    panels = (
+        (abs(dt), "step size |dt|", True),
+        (column(steps.error), "error / tolerance", False),
+        (column(steps.stiffness), "stiffness, about |λ|", False),
+    )
+    for axis, (values, label, log) in zip(axes, panels, strict=True):
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if values is None:
+            axis.text(0.5, 0.5, f"{solution.solver.name} has no such estimate", transform=axis.transAxes, ha="center")
+            continue
+        axis.plot(t, values, marker=".", drawstyle="steps-post" if log else "default")
+        if log:
+            axis.set_yscale("log")
+    if solution.steps.error is not None:
+        axes[1].axhline(1.0, linestyle="--", linewidth=0.8, color="grey")
+    axes[2].set_xlabel("t")
+    rejected = int(solution.stats.rejected[sample])
+    axes[0].set_title(
+        f"{solution.solver.name}, sample {sample}: {int(taken.sum())} steps, {rejected} rejected, "
+        f"NFE {int(solution.stats.nfe[sample])}"
+    )
+    return axes

@@ -1,0 +1,231 @@
+"""solve(): an equation and an initial state -> a Solution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import adjoints, solvers
+from . import control as _control
+from .adjoints import Adjoint
+from .control import StepControl
+from .discover import Problem
+from .equations import ODE
+from .errors import SolveWarning, Status, failure
+from .field import Field
+from .solution import Solution
+from .solvers import Solver
+from .state import Layout
+
+
+def solve(
+    equation: ODE,
+    z0,
+    t,
+    solver: str | Solver = "tsit5",
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    control: str | StepControl = "per_sample",
+    adjoint: str | Adjoint = "checkpointed",
+    args=None,
+    max_steps: int = 4096,
+    dt0: float | None = None,
+    dense: bool = False,
+    on_failure: str = "raise",
+) -> Solution:
+    """Solves dz/dt = f(t, z) for a batch of samples.
+
+    Args:
+        equation: an `ODE`.
+        z0: initial state: a tensor [batch, ...], or a tuple or dict of them; floating-point or complex. bfloat16 and
+            float16 states are stepped in float32 arithmetic, f still sees their own dtype.
+        t: (t0, t1), a 1-D tensor of output times, or [batch, times]: strictly increasing or decreasing, at least two.
+            The first is where the solve starts, the last where it ends; those between cost no steps.
+        solver: a name (see `neuralde.solvers.SOLVERS`) or a solver object.
+        rtol, atol: tolerances of the error test |error| ≤ atol + rtol·max(|z|, |z_next|), in RMS. rtol > 0, atol ≥ 0.
+        control: "per_sample", every sample has its own step size and its answer does not depend on the others; or
+            "joint", one step size and one RMS norm for the whole batch. Or a `StepControl`.
+        adjoint: "checkpointed", exact gradients at one state of memory per step; "direct", everything on the tape.
+        args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
+        max_steps: attempted steps per sample, rejected ones included.
+        dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
+        dense: keep every step's stages, so that `solution(t)` need not evaluate f again (when no gradient is wanted).
+        on_failure: "raise" an error that says which samples failed, where and why; "warn", and go on with the other
+            samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        StepSizeUnderflow, NonFiniteState, MaxStepsReached: the solve failed for some samples (`on_failure="raise"`).
+
+    Gradients with respect to z0, args, the parameters of f and tensors that f closes over are exact for the discrete
+    solution; step sizes are constants to them. Gradients with respect to t are those of the continuous solution:
+    dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0.
+
+    """
+    if not isinstance(equation, ODE):
+        hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
+        raise TypeError(f"equation must be an nde.ODE, got {type(equation).__name__}{hint}")
+    layout = Layout.of(z0)
+    solver, control, adjoint = solvers.get(solver), _control.get(control), adjoints.get(adjoint)
+    _check_numbers(rtol, atol, max_steps, dt0, on_failure)
+    if control.adaptive and not solver.adaptive:
+        control = _fixed(control)
+    if not control.adaptive and dt0 is None:
+        raise ValueError(f"dt0 is needed: solver {solver.name!r} takes fixed steps, of size dt0; pass e.g. dt0=0.1")
+    if control.adaptive and solver.error_order is None:
+        raise ValueError(f"solver {solver.name!r} has no error estimate; use StepControl(adaptive=False) with dt0")
+    ts, times = _times(t, layout, joint=not control.per_sample)
+
+    flat = layout.pack(z0)
+    flat = flat if flat.dtype == layout.work_dtype else flat.to(layout.work_dtype)
+    if not bool(torch.isfinite(flat.detach()).all()):
+        bad = ~torch.isfinite(flat.detach()).all(dim=1)
+        raise ValueError(f"z0 must be finite, but samples {_few(bad)} hold NaN or infinity")
+
+    problem = Problem(
+        field=Field(equation, layout, args, joint=not control.per_sample),
+        solver=solver,
+        control=control,
+        times=times.detach(),
+        rtol=float(rtol),
+        atol=float(atol),
+        dt0=None if dt0 is None else float(dt0),
+        max_steps=max_steps,
+        keep_stages=dense,
+        stop_early=on_failure == "raise",
+    )
+    shifted = _shift_start(problem, flat, times)
+    outcome = adjoint.solve(problem, shifted)
+    _report(problem, outcome.trajectory, on_failure)
+    middle = () if outcome.interior is None else (outcome.interior,)
+    zs = _shift_outputs(problem, torch.cat([flat[None], *middle, outcome.final[None]]), times)
+    return Solution(problem, outcome, ts, layout.unpack(zs), flat)
+
+
+def _check_numbers(rtol, atol, max_steps, dt0, on_failure):
+    for name, value, least, strict in (("rtol", rtol, 0.0, True), ("atol", atol, 0.0, False)):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not (value > least if strict else value >= least) or not math.isfinite(value):
+            raise ValueError(f"{name} must be finite and {'positive' if strict else 'at least 0'}, got {value}")
+    if not isinstance(max_steps, numbers.Integral):
+        raise TypeError(f"max_steps must be an integer, got {type(max_steps).__name__}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if dt0 is not None:
+        if not isinstance(dt0, numbers.Real):
+            raise TypeError(f"dt0 must be a number or None, got {type(dt0).__name__}")
+        if not (dt0 > 0 and math.isfinite(dt0)):
+            raise ValueError(f"dt0 must be positive and finite (t gives the direction), got {dt0}")
+    if on_failure not in ("raise", "warn", "ignore"):
+        raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+
+
+def _fixed(control: StepControl) -> StepControl:
+    return StepControl(**{**vars(control), "adaptive": False})
+
+
+def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
+    """The output times as the user reads them, and as [times, groups]; both may carry a gradient."""
+    if isinstance(t, Tensor):
+        if t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"t must hold real times, got {t.dtype}")
+    elif isinstance(t, tuple | list):
+        if not all(isinstance(x, numbers.Real | Tensor) for x in t):
+            raise TypeError(f"t must hold numbers or tensors, got {', '.join(type(x).__name__ for x in t)}")
+        parts = [torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device) for x in t]
+        if any(x.dim() > 1 for x in parts):
+            raise ValueError("t as a tuple must hold numbers or [batch] tensors; pass [batch, times] as one tensor")
+        t = torch.stack(torch.broadcast_tensors(*parts), dim=-1) if parts else torch.empty(0)
+    else:
+        raise TypeError(f"t must be (t0, t1), a 1-D tensor of times or [batch, times], got {type(t).__name__}")
+    t = t.to(device=layout.device, dtype=layout.time_dtype)
+    if t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != layout.batch):
+        raise ValueError(f"t must be (t0, t1), [times] or [batch, times] = [{layout.batch}, ...], got {tuple(t.shape)}")
+    if t.shape[-1] < 2:
+        raise ValueError(f"t needs at least two times, a start and an end, got {t.shape[-1]}")
+    _check_order(t.detach(), layout.time_dtype)
+    if joint and t.dim() == 2 and not bool((t[:, [0, -1]] == t[:1, [0, -1]]).all()):
+        raise ValueError(
+            't gives the samples different horizons, which control="joint" can\'t step together; '
+            'use control="per_sample"'
+        )
+    ts = t if t.dim() == 1 else t.T
+    times = t[:, None] if t.dim() == 1 else t.T
+    return ts, times if joint else times.expand(-1, layout.batch)
+
+
+def _check_order(values: Tensor, dtype: torch.dtype):
+    """One list of times is checked as Python numbers: less work than the kernels of a few tensor operations."""
+    if values.dim() == 1:
+        times = values.tolist()
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        finite = all(map(math.isfinite, times))
+        ordered, repeated = all(d > 0 for d in gaps) or all(d < 0 for d in gaps), 0.0 in gaps
+    else:
+        gaps = values.diff(dim=-1)
+        finite = bool(torch.isfinite(values).all())
+        ordered = bool(((gaps > 0).all(dim=-1) | (gaps < 0).all(dim=-1)).all())
+        repeated = not ordered and bool((gaps == 0).any())
+    if not finite:
+        raise ValueError("t must be finite, but holds NaN or infinity")
+    if not ordered:
+        raise ValueError(
+            f"t must be strictly increasing or strictly decreasing, but holds {'repeated' if repeated else 'unsorted'} "
+            f"times (in {dtype}): {_sample_of(values)}"
+        )
+
+
+def _sample_of(values: Tensor) -> str:
+    if values.dim() == 1:
+        return str(values[:8].tolist())
+    gaps = values.diff(dim=-1)
+    bad = ~((gaps > 0).all(dim=1) | (gaps < 0).all(dim=1))
+    return f"sample {int(bad.nonzero()[0])}"
+
+
+def _few(mask: Tensor) -> str:
+    found = mask.nonzero().flatten().tolist()
+    return ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
+    """z0 with the gradient of t0: a later start is the same start moved back along f."""
+    if not (times.requires_grad and torch.is_grad_enabled()):
+        return z0
+    with torch.no_grad():
+        slope = problem.field(problem.field.times(problem.start)[0], z0)
+    start = times[0].expand(len(z0))
+    return z0 - (start - start.detach())[:, None].to(z0.dtype) * slope
+
+
+def _shift_outputs(problem: Problem, zs: Tensor, times: Tensor) -> Tensor:
+    """The outputs with the gradients of their times: dz(t)/dt = f(t, z)."""
+    if not (times.requires_grad and torch.is_grad_enabled()):
+        return zs
+    moved = [zs[0]]
+    for z, t in zip(zs[1:], times[1:], strict=True):
+        with torch.no_grad():
+            slope = problem.field(problem.field.times(problem._groups(t))[0], z)
+        t = t.expand(len(z))
+        moved.append(z + (t - t.detach())[:, None].to(z.dtype) * slope)
+    return torch.stack(moved)
+
+
+def _report(problem: Problem, trajectory, on_failure: str):
+    if on_failure == "ignore":
+        return
+    if not bool((trajectory.status != Status.SUCCESS).any()):
+        return
+    error = failure(trajectory.status, trajectory.reached, *trajectory.last_attempt(), joint=problem.joint)
+    if on_failure == "raise":
+        raise error
+    warnings.warn(str(error), SolveWarning, stacklevel=3)

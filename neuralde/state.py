@@ -1,0 +1,129 @@
+"""States of any structure <-> the [batch, features] tensor that the engine works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state (a tensor, or a tuple, list or dict of them) lies in one [batch, features] tensor.
+
+    Attributes:
+        tree: the structure's specification, or None for a plain tensor.
+        shapes: of each leaf, without the batch dimension.
+        dtype: of the leaves, as f sees them.
+        work_dtype: of the engine's arithmetic: float32 for bfloat16 and float16 states, else `dtype`.
+        time_dtype: of t, dt and error ratios: float64 for float64 and complex128 states, else float32.
+        batch: number of samples.
+
+    """
+
+    tree: Any
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    work_dtype: torch.dtype
+    time_dtype: torch.dtype
+    batch: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, z0) -> Layout:
+        """The layout of an initial state.
+
+        Raises:
+            TypeError: z0 holds something other than floating-point or complex tensors, or mixed dtypes.
+            ValueError: z0 is empty, has no batch dimension, mixed batch sizes or devices.
+
+        """
+        leaves, tree = pytree.tree_flatten(z0)
+        if not leaves:
+            raise ValueError("z0 is empty; pass a tensor, or a tuple or dict with at least one tensor")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"z0 must be a tensor, or a tuple or dict of tensors, but holds a {type(leaf).__name__}"
+                )
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                raise TypeError(f"z0 must be floating-point or complex, got {leaf.dtype}; convert it, e.g. z0.float()")
+            if leaf.dim() == 0:
+                raise ValueError("z0 needs a batch dimension, got a tensor without dimensions; use z0[None]")
+        for what, values in (
+            ("dtype", [leaf.dtype for leaf in leaves]),
+            ("device", [leaf.device for leaf in leaves]),
+            ("batch size (first dimension)", [len(leaf) for leaf in leaves]),
+        ):
+            if len(set(values)) > 1:
+                kind = TypeError if what == "dtype" else ValueError
+                raise kind(f"all tensors of z0 must share one {what}, got {', '.join(map(str, values))}")
+        first = leaves[0]
+        if len(first) == 0:
+            raise ValueError("z0 has batch size 0; pass at least one sample")
+        work = torch.float32 if first.dtype in _LOW_PRECISION else first.dtype
+        return cls(
+            tree=None if isinstance(z0, Tensor) else tree,
+            shapes=tuple(leaf.shape[1:] for leaf in leaves),
+            dtype=first.dtype,
+            work_dtype=work,
+            time_dtype=torch.float64 if work in (torch.float64, torch.complex128) else torch.float32,
+            batch=len(first),
+            device=first.device,
+        )
+
+    @property
+    def time_rank(self) -> int:
+        """Dimensions of the t that f receives under per-sample control: those of the first leaf."""
+        return 1 + len(self.shapes[0])
+
+    def pack(self, z) -> Tensor:
+        """State -> [batch, features] in the state's own dtype. Differentiable; a view where the memory allows it."""
+        if self.tree is None:
+            return einops.rearrange(z, "b ... -> b (...)") if z.dim() > 1 else z[:, None]
+        return einops.pack(pytree.tree_leaves(z), "b *")[0]
+
+    def unpack(self, flat: Tensor):
+        """[..., features] -> state, with every leading dimension kept (batch, or times and batch)."""
+        flat = flat if flat.dtype == self.dtype else flat.to(self.dtype)
+        lead = flat.shape[:-1]
+        if self.tree is None:
+            return flat.reshape(*lead, *self.shapes[0])
+        leaves = einops.unpack(flat, [tuple(shape) for shape in self.shapes], _lead_pattern(len(lead)))
+        return pytree.tree_unflatten(list(leaves), self.tree)
+
+    def pack_derivative(self, dz, batch: int, autocast: bool) -> Tensor:
+        """F's return value, checked, -> [batch, features].
+
+        Raises:
+            TypeError: another structure or dtype than the state's.
+            ValueError: another shape or device.
+
+        """
+        leaves, tree = pytree.tree_flatten(dz)
+        if (tree != self.tree) if self.tree is not None else not isinstance(dz, Tensor):
+            wanted = "a tensor" if self.tree is None else f"the structure of z0, {self.tree}"
+            raise TypeError(f"f must return {wanted}, got {type(dz).__name__} with structure {tree}")
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"f must return tensors like z, got a {type(leaf).__name__}")
+            if leaf.shape != (batch, *shape):
+                raise ValueError(f"f must return dz/dt in the shape of z, {(batch, *shape)}, got {tuple(leaf.shape)}")
+            if leaf.dtype != self.dtype and not (autocast and leaf.is_floating_point()):
+                raise TypeError(
+                    f"f must return dz/dt in the dtype of z, {self.dtype}, got {leaf.dtype}; "
+                    "convert z0 or the parameters of f so that they agree"
+                )
+            if leaf.device != self.device:
+                raise ValueError(f"f must return dz/dt on the device of z, {self.device}, got {leaf.device}")
+        return self.pack(dz)
+
+
+def _lead_pattern(rank: int) -> str:
+    return " ".join(f"d{i}" for i in range(rank)) + " *"
