@@ -52,7 +52,7 @@ class Solver(abc.ABC):
         order: p, the global order of convergence.
         adaptive: whether its error estimate chooses the steps by default; a solver that does not needs `dt0`.
         error_order: q, the error estimate being O(dt^q) on one step; None where there is no estimate.
-        interpolant_order: the global order of the solution between steps.
+        interpolant_order: q, the solution inside one step being exact to O(dt^(q+1)).
         reports_stiffness: whether steps carry a stiffness estimate.
         stability_size: |dt·λ| at which the method's stability ends on the negative real axis, or None.
         fsal: whether a step computes the slope at its end anyway (first same as last).

@@ -31,7 +31,7 @@ class Tableau:
         error: e_i of the embedded estimate, or None.
         error_order: q, the estimate being O(dt^q) on one step.
         interpolant: rows b_i(θ) as coefficients of θ, θ², ...; None means cubic Hermite interpolation.
-        interpolant_order: its global order.
+        interpolant_order: q, its error being O(dt^(q+1)) on one step.
         pair: two stages (0-based) with equal abscissae, for the stiffness estimate, or None.
         source: where the numbers are from.
 
@@ -242,7 +242,7 @@ class RungeKutta(Solver):
             raise ValueError(f"solver {name!r} can't be adaptive: its tableau has no error estimate")
         self.name, self.tableau, self.adaptive = name, tableau, adaptive
         self.order, self.error_order = tableau.order, tableau.error_order
-        self.interpolant_order = tableau.interpolant_order
+        self.interpolant_order = min(tableau.order, tableau.interpolant_order)
         self.reports_stiffness = tableau.pair is not None
         self.stability_size = tableau.stability_size
         self.fsal = tableau.fsal
