@@ -113,7 +113,11 @@ class Field:
         t, z = t.clone(), z.clone()
         t[-1] = t_other[-1]
         z[-1] = 1.1 * z[-1] + 0.1
-        change = (self(self.times(t)[0], z) - slope)[:-1].abs()
+        try:
+            other = self(self.times(t)[0], z)
+        except (RuntimeError, ValueError, AssertionError, ArithmeticError):
+            return  # f refuses states that it would not meet: nothing was found out, and nothing is wrong
+        change = (other - slope)[:-1].abs()
         if change.max() > _rounding(self.layout.dtype) * slope[:-1].abs().max().clamp(min=1e-30):
             raise ValueError(mixing_message("f gives a sample another derivative when another sample changes"))
         with contextlib.suppress(TypeError):  # an f that can't be weakly referenced is checked at every solve

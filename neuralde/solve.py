@@ -23,6 +23,9 @@ from .solvers import Solver
 from .state import Layout
 
 
+# torch.compile around a layer compiles what stands before and after it: tracing into the data-dependent loop would
+# break the graph at every attempt. A compiled f stays compiled.
+@torch.compiler.disable
 def solve(
     equation: ODE,
     z0,
@@ -228,4 +231,4 @@ def _report(problem: Problem, trajectory, on_failure: str):
     error = failure(trajectory.status, trajectory.reached, *trajectory.last_attempt(), joint=problem.joint)
     if on_failure == "raise":
         raise error
-    warnings.warn(str(error), SolveWarning, stacklevel=3)
+    warnings.warn(str(error), SolveWarning, stacklevel=4)
