@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +35,6 @@ class StepControl:
 
     Source: Hairer & Wanner, Solving ODEs II, IV.2; constants of OrdinaryDiffEq.jl's PIController, which the papers'
     code ran with.
-
     """
 
     per_sample: bool = True
@@ -58,7 +59,6 @@ class StepControl:
                 accepted step, [groups].
             accept: [groups], or None where all were accepted.
             order: of the solver.
-
         """
         beta1 = 0.7 / order if self.beta1 is None else self.beta1
         beta2 = 0.4 / order if self.beta2 is None else self.beta2
@@ -87,7 +87,6 @@ def get(control: str | StepControl) -> StepControl:
 
     Raises:
         ValueError: no such name. TypeError: neither a name nor a `StepControl`.
-
     """
     if isinstance(control, StepControl):
         return control
@@ -96,6 +95,15 @@ def get(control: str | StepControl) -> StepControl:
     if control not in _PRESETS:
         raise ValueError(f"unknown control {control!r}; use 'per_sample', 'joint' or a StepControl")
     return _PRESETS[control]
+
+
+def check_tolerances(rtol, atol) -> None:
+    """Raises TypeError or ValueError unless rtol > 0 and atol ≥ 0 are finite numbers."""
+    for name, value, strict in (("rtol", rtol, True), ("atol", atol, False)):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not (value > 0.0 if strict else value >= 0.0) or not math.isfinite(value):
+            raise ValueError(f"{name} must be finite and {'positive' if strict else 'at least 0'}, got {value}")
 
 
 def rms(x: Tensor, joint: bool) -> Tensor:
@@ -107,8 +115,13 @@ def rms(x: Tensor, joint: bool) -> Tensor:
 
 def error_ratio(error: Tensor, z: Tensor, z_end: Tensor, rtol: float, atol: float, joint: bool) -> Tensor:
     """RMS of error / (atol + rtol·max(|z|, |z_end|)): accepted up to 1. [batch], or [1] when joint."""
-    scale = torch.maximum(z.abs(), z_end.abs()).mul(rtol).add(atol)
+    scale = torch.maximum(z.abs(), z_end.abs()).mul(rtol).add(_floor(atol, z))
     return rms(error / scale, joint)
+
+
+def _floor(atol: float, z: Tensor) -> float:
+    """atol, but never 0: a component that is and stays 0 has no error, not 0/0."""
+    return max(atol, torch.finfo(z.dtype).tiny)
 
 
 def stiffness(pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor, joint: bool) -> Tensor:
@@ -119,7 +132,6 @@ def stiffness(pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor, joint: bo
         dt: [groups].
 
     Source: Shampine 1977; thesis chapter 5, with root-mean-square norms as in the papers' code.
-
     """
     # The difference of two rounded stage inputs is exact, so that the estimate has nothing more to lose than f's own
     # rounding.
@@ -130,7 +142,7 @@ def stiffness(pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor, joint: bo
 def quotient(difference: Tensor, distance: Tensor, dt: Tensor) -> Tensor:
     """Difference / (distance·|dt|), 0 where that is 0/0: the stiffness from its norms."""
     bottom = distance * dt.abs()
-    moving = bottom > 0
+    moving = bottom != 0  # NaN stays NaN
     return torch.where(moving, difference / torch.where(moving, bottom, 1.0), 0.0)
 
 
@@ -140,7 +152,6 @@ class Judge:
     Args:
         z: a state of the shape to be judged, [batch, features].
         estimates: whether steps carry an error estimate, and whether a stiffness pair.
-
     """
 
     def __init__(self, z: Tensor, estimates: tuple[bool, bool], rtol: float, atol: float, joint: bool):
@@ -154,7 +165,7 @@ class Judge:
         root = (z.numel() if joint else z.shape[1]) ** 0.5
         self.root, self.joint = root, joint
         self.rtol = rtol * root
-        self.atol = torch.tensor(atol * root, dtype=z.real.dtype, device=z.device)
+        self.atol = torch.tensor(_floor(atol, z) * root, dtype=z.real.dtype, device=z.device)
         self.magnitude = None
 
     def __call__(self, step, z: Tensor) -> Tensor | None:
@@ -162,7 +173,6 @@ class Judge:
 
         Args:
             step: the attempt. z: where it started.
-
         """
         if not self.rows:
             return None
@@ -194,13 +204,13 @@ def initial_step(
         order: of the solver; the exponent is 1/order.
 
     Source: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, with OrdinaryDiffEq.jl's norms and exponent.
-
     """
     longest, direction = horizon.abs(), horizon.sign()
-    scale = z.abs().mul(rtol).add(atol)
+    scale = z.abs().mul(rtol).add(_floor(atol, z))
     size, speed = rms(z / scale, joint), rms(slope / scale, joint)
     tiny = (size < 1e-5) | (speed < 1e-5)
     trial = torch.where(tiny, 1e-6, 0.01 * size / torch.where(tiny, 1.0, speed)).minimum(longest)
+    trial = torch.where(trial > 0, trial, 1e-6).minimum(longest)  # an infinite speed: atol = 0 at z = 0
     step = (trial * direction)[:, None]
     bend = rms((f(f.times(t + step[:, 0])[0], z + step.to(z.real.dtype) * slope) - slope) / scale, joint) / trial
     sharpest = torch.maximum(speed, bend)

@@ -23,6 +23,9 @@ from .solvers import Solver
 # Finished samples are left out of the batch once at most this fraction of it is unfinished. Re-indexing costs about as
 # much as two attempts on a small batch, so it waits for some attempts to have passed since the last time.
 _COMPACT_FRACTION, _COMPACT_AFTER = 0.5, 16
+# A solution that goes to infinity does so in accepted steps too small to move t. Its hundreds of steps leave time to
+# look for them now and then only; rejected steps are looked at always.
+_CHECK_EVERY = 16
 
 
 @dataclass
@@ -37,8 +40,6 @@ class Problem:
         dt0: first (or fixed) step size, positive, or None for the automatic one.
         max_steps: attempts per sample.
         keep_stages: whether to keep every accepted step's stages, so that `solution(t)` need not call f.
-        stop_early: whether a sample's failure ends the solve.
-
     """
 
     field: Field
@@ -50,7 +51,6 @@ class Problem:
     dt0: float | None
     max_steps: int
     keep_stages: bool
-    stop_early: bool
 
     @property
     def joint(self) -> bool:
@@ -95,7 +95,6 @@ class Counts(NamedTuple):
     Attributes:
         accepted, rejected: attempts judged.
         nfe: evaluations of f on the sample.
-
     """
 
     accepted: Tensor
@@ -112,7 +111,6 @@ class Trajectory:
         interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
         status: [groups].
         records: the accepted attempts.
-
     """
 
     def __init__(
@@ -173,31 +171,24 @@ class Trajectory:
     @functools.cached_property
     def reached(self) -> Tensor:
         """The time that every sample got to, [groups]."""
-        return self._whole(lambda lane: lane.signed(lane.s))
+        return self._whole(lambda lane: lane.signed(torch.where(lane.status == Status.SUCCESS, lane.s, lane.failed_at)))
 
-    def last_attempt(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(dt, error ratio, stiffness) of every sample's last attempt, each [groups]; NaN where there is no figure."""
+    def last_attempt(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(dt, error ratio, stiffness) of every failed sample's last attempt, [groups] or None if not reported."""
         solver = self.problem.solver
-
-        def figure(lane, known, value):
-            return value(lane.figures) if lane.figures is not None and known else torch.full_like(lane.s, float("nan"))
-
-        return (
-            self._whole(lambda lane: lane.signed(lane.tried)),
-            self._whole(lambda lane: figure(lane, solver.error_order is not None, lambda x: x[0])),
-            self._whole(
-                lambda lane: figure(
-                    lane, solver.reports_stiffness, lambda x: _control.quotient(x[-2], x[-1], lane.tried)
-                )
-            ),
-        )
+        h, *figures = (self._whole(lambda lane, i=i: lane.last[i]) for i in range(4))
+        error = figures[0] if solver.error_order is not None else None
+        pair = figures[1:3] if solver.error_order is not None else figures[:2]
+        stiffness = _control.quotient(*pair, h) if solver.reports_stiffness else None
+        return self._whole(lambda lane: lane.signed(lane.last[0])), error, stiffness
 
 
 @dataclass
 class _Lane:
-    """The samples that are still in the batch, with their control state. Everything is [groups] but z, slope, figures.
+    """The samples that are still in the batch, with their control state. Everything is [groups] but z, slope, last.
 
-    Times run forward in here, whatever the direction of the solve: s = direction·t.
+    Times run forward in here, whatever the direction of the solve: s = direction·t. `last` has what a failed sample's
+    last attempt was: its step size and the judge's figures, [1 to 4, groups].
     """
 
     rows: Tensor | None
@@ -211,8 +202,8 @@ class _Lane:
     accepted: Tensor
     rejected: Tensor
     status: Tensor
-    figures: Tensor | None
-    tried: Tensor
+    failed_at: Tensor
+    last: Tensor
     start: Tensor
     direction: Tensor | None
     interior: Tensor | None
@@ -221,7 +212,7 @@ class _Lane:
         """The same for some of the samples."""
         kept = {}
         for name, value in vars(self).items():
-            wide = name == "figures" or (name == "interior" and value is not None and value.shape[1] > 1)
+            wide = name == "last" or (name == "interior" and value is not None and value.shape[1] > 1)
             kept[name] = value if value is None else value.index_select(int(wide), index)
         kept["rows"] = index if self.rows is None else self.rows.index_select(0, index)
         return _Lane(**kept)
@@ -229,6 +220,26 @@ class _Lane:
     def signed(self, x: Tensor) -> Tensor:
         """Between t and s."""
         return x if self.direction is None else x * self.direction
+
+    def fail(self, which: Tensor, figures: Tensor | None, h: Tensor):
+        """Ends samples where they are.
+
+        A live sample stands in for each of them from here on, with no horizon left, so that its steps are zero: f is
+        called for them as long as they are in the batch, and where that is recorded, zero cotangents times what f
+        does at a state that it can't handle would make NaN of the parameters' gradients.
+        """
+        attempt = h[None] if figures is None else torch.cat([h[None], figures])
+        attempt = torch.cat([attempt, attempt.new_full((4 - len(attempt), len(h)), float("nan"))])
+        self.last = torch.where(which, attempt, self.last)
+        self.failed_at = torch.where(which, self.s, self.failed_at)
+        self.live = self.live & ~which
+        row = self.live.nonzero().flatten()[:1]
+        if len(row):
+            self.s1 = torch.where(which, self.s[row], self.s1)
+            self.s = torch.where(which, self.s[row], self.s)
+            self.z = torch.where(which[:, None], self.z.detach()[row], self.z)
+            if self.slope is not None:
+                self.slope = torch.where(which[:, None], self.slope.detach()[row], self.slope)
 
 
 def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -> Trajectory:
@@ -239,7 +250,6 @@ def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -
         z0: [batch, features], in the working dtype.
         slope: f(t0, z0).
         taped: whether autograd records the accepted steps as they are made.
-
     """
     with contextlib.nullcontext() if taped else torch.no_grad():
         return _Discovery(problem, z0, slope, taped).run()
@@ -269,8 +279,8 @@ class _Discovery:
             accepted=count,
             rejected=count,
             status=torch.full_like(count, Status.SUCCESS),
-            figures=None,
-            tried=torch.zeros_like(t),
+            failed_at=t * direction,
+            last=t.new_full((4, len(t)), float("nan")),
             start=t * direction,
             direction=direction if backward else None,
             interior=None if problem.interior is None else problem.interior * direction,
@@ -300,23 +310,23 @@ class _Discovery:
         unfinished = len(self.lane.s)
         if not bool(torch.isfinite(self.lane.slope.detach()).all()):
             unfinished = self._fail_at_start(self.lane)
+        self.latest = None, self.lane.h
         while unfinished and self.attempts < self.problem.max_steps:
-            self.attempts += 1
-            unfinished, failed = self._attempt(self.lane, unfinished)
-            if failed and self.problem.stop_early:
-                break
             if self._worth_compacting(unfinished):
                 self._compact(self.lane)
+            self.attempts += 1
+            unfinished = self._attempt(self.lane, unfinished)
         lane = self.lane
         if unfinished:
-            lane.status = torch.where(lane.live & (lane.status == Status.SUCCESS), Status.MAX_STEPS, lane.status)
+            lane.status = torch.where(lane.live, Status.MAX_STEPS, lane.status)
+            lane.fail(lane.live, *self.latest)
         self.parts.append(lane)
         return self._trajectory()
 
     # -- one attempt -------------------------------------------------------------------------------------------------
 
-    def _attempt(self, lane: _Lane, unfinished: int) -> tuple[int, bool]:
-        """Attempts a step of every sample in the lane. Returns how many samples are unfinished, and if any failed."""
+    def _attempt(self, lane: _Lane, unfinished: int) -> int:
+        """Attempts a step of every sample in the lane. Returns how many samples are unfinished after it."""
         control = self.control
 
         # Attempt. The last step ends on t1 exactly.
@@ -347,7 +357,6 @@ class _Discovery:
                 s_end = torch.where(last, lane.s1, lane.start + (lane.accepted + 1) * lane.h)
             accepted = int(ok.sum())
         everyone = accepted == len(h) == unfinished
-        lane.figures, lane.tried = figures, h
 
         # Accept.
         if accepted:
@@ -381,38 +390,39 @@ class _Discovery:
 
         # Who has finished, who has failed?
         lane.live = ~last if everyone else lane.live & ~(ok & last)
-        failed = accepted < unfinished and self._fail_hopeless(lane, ok, ratio)
-        return int(lane.live.sum()), failed
+        self.latest = figures, h
+        if accepted < unfinished or self.attempts % _CHECK_EVERY == 0:
+            self._fail_hopeless(lane, ok, ratio, figures, h)
+        return int(lane.live.sum())
 
-    def _fail_hopeless(self, lane: _Lane, ok: Tensor, ratio: Tensor | None) -> bool:
-        """Ends the rejected samples that no smaller step can help. Returns whether there were any."""
-        hopeless = lane.live & ~ok
+    def _fail_hopeless(self, lane: _Lane, ok: Tensor, ratio: Tensor | None, figures: Tensor | None, h: Tensor):
+        """Ends the samples whose next step would be too small to move t, and fixed steps that went wrong."""
         if self.control.adaptive:
             least = torch.maximum(lane.s.abs() * self.eps, (lane.s1 - lane.start) * self.least)
-            hopeless = hopeless & (lane.h <= least)
+            hopeless = lane.live & (lane.h <= least)
+        else:
+            hopeless = lane.live & ~ok
         if not bool(hopeless.any()):
-            return False
-        infinite = hopeless if not self.control.adaptive else ~torch.isfinite(ratio)
+            return
+        infinite = ~torch.isfinite(ratio) if self.control.adaptive else hopeless
         code = torch.where(infinite, Status.NON_FINITE, Status.STEP_SIZE_UNDERFLOW)
         lane.status = torch.where(hopeless, code, lane.status)
-        # A failed sample stands still from here on: its remaining horizon, and so its step, is zero.
-        lane.s1 = torch.where(hopeless, lane.s, lane.s1)
-        lane.live = lane.live & ~hopeless
-        return True
+        lane.fail(hopeless, figures, h)
 
     def _without_rejected(self, lane: _Lane, t: Tensor, dt: Tensor, ok: Tensor, step):
-        """On a tape, an attempt that overflowed for some samples, made again with these standing still.
+        """On a tape, an attempt that overflowed for some samples, made again with an accepted sample in their place.
 
         Their zero cotangents times the infinite derivatives that the tape would hold make NaN, also in the gradient
-        of the parameters. A standing sample evaluates f at its own, accepted, state only.
+        of the parameters.
         """
         with torch.no_grad():
             rest = [x[~ok] for x in (step.z, step.error, step.slope_end) if x is not None]
-            finite = all(bool(torch.isfinite(x).all()) for x in rest)
-        if finite:
-            return step
-        still = torch.where(ok, dt, 0.0)
-        return self.solver.step(self.f, t, still, lane.z, lane.slope, self.memory, close=self.close)
+            if all(bool(torch.isfinite(x).all()) for x in rest):
+                return step
+        row = ok.nonzero().flatten()[:1]
+        z, slope = (None if x is None else torch.where(ok[:, None], x, x.detach()[row]) for x in (lane.z, lane.slope))
+        t, dt = torch.where(ok, t, t[row]), torch.where(ok, dt, 0.0)
+        return self.solver.step(self.f, t, dt, z, slope, self.memory, close=self.close)
 
     def _record(self, lane: _Lane, t, dt, s_end, ok, everyone, step, figures):
         snapshot = None
@@ -450,13 +460,18 @@ class _Discovery:
     # -- the batch ---------------------------------------------------------------------------------------------------
 
     def _fail_at_start(self, lane: _Lane) -> int:
-        bad = ~torch.isfinite(lane.slope.detach())
-        bad = bad.any().reshape(1) if self.problem.joint else bad.any(dim=1)
+        """Ends the samples whose first slope is not finite."""
+        finite = torch.isfinite(lane.slope.detach())
+        bad = ~(finite.all().reshape(1) if self.problem.joint else finite.all(dim=1))
         lane.status = torch.where(bad, Status.NON_FINITE, lane.status)
-        lane.live, lane.s1 = ~bad, torch.where(bad, lane.s, lane.s1)
         lane.h = torch.where(bad, 0.0, lane.h)
-        lane.slope = torch.where(bad[:, None], 0.0, lane.slope)
-        return 0 if self.problem.stop_early else int(lane.live.sum())
+        lane.fail(bad, None, lane.h)
+        unfinished = int(lane.live.sum())
+        if unfinished:
+            t = lane.signed(lane.s)
+            self.problem.field.fill(t, lane.z)
+            lane.slope = self.f(self.f.times(t)[0], lane.z)
+        return unfinished
 
     def _worth_compacting(self, unfinished: int) -> bool:
         n = len(self.lane.s)

@@ -24,7 +24,6 @@ class ODE:
 
     Raises:
         TypeError: f is not callable.
-
     """
 
     f: Callable

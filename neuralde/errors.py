@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 
 import torch
 
@@ -57,7 +58,6 @@ class NeuralDEError(RuntimeError):
         samples: indices of the samples that failed, list of int.
         t, dt, error, stiffness: per failed sample, list of float: the time reached, the last step size tried, its
             error ratio (accepted up to 1) and its stiffness estimate (NaN where the solver has none).
-
     """
 
     def __init__(self, message: str, samples=(), t=(), dt=(), error=(), stiffness=()):
@@ -100,31 +100,30 @@ def failure(status, t, dt, error, stiffness, joint: bool) -> NeuralDEError:
     """The error that describes the failed samples.
 
     Args:
-        status, t, dt, error, stiffness: tensors of shape [batch] (one entry when `joint`): the state of each sample
-            when it stopped; `error` and `stiffness` may hold NaN.
-        joint: whether one step size served the whole batch, so that entry 0 speaks for all samples.
-
+        status, t, dt, error, stiffness: [batch]: the state of each sample when it stopped. `error` and `stiffness` are
+            None where the solver has no such estimate.
+        joint: whether one step size served the whole batch, so that the batch fails as a whole.
     """
     failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
-    columns = [x.detach().double()[failed].tolist() for x in (t, dt, error, stiffness)]
+    missing = torch.full_like(dt, float("nan"))
+    columns = [(missing if x is None else x).detach().double()[failed].tolist() for x in (t, dt, error, stiffness)]
     kinds = [Status(int(status[i])) for i in failed]
-    first = kinds[0]
     lines = []
-    for i, kind, *numbers in list(zip(failed, kinds, *columns, strict=True))[:_SHOWN]:
+    for i, kind, at, h, ratio, stiff in list(zip(failed, kinds, *columns, strict=True))[: 1 if joint else _SHOWN]:
         who = "the batch (joint control)" if joint else f"sample {i}"
-        at, h, ratio, stiff = numbers
-        about = "no estimate with this solver" if stiff != stiff else f"{stiff:.4g}"
         lines.append(
             f"  {who}: {kind.name.lower()} at t = {at:.9g}, dt = {h:.4g}, "
-            f"error ratio = {_ratio(ratio)}, stiffness = {about}"
+            f"error ratio = {_number(ratio, error is None)}, stiffness = {_number(stiff, stiffness is None)}"
         )
-    if len(failed) > _SHOWN:
+    if not joint and len(failed) > _SHOWN:
         lines.append(f"  and {len(failed) - _SHOWN} more")
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
     advice = "; ".join(f"{kind.name.lower()}: {kind.message}" for kind in dict.fromkeys(kinds))
     message = f"{count} failed.\n" + "\n".join(lines) + f"\n{advice}."
-    return _TYPES[first](message, failed, *columns)
+    return _TYPES[kinds[0]](message, failed, *columns)
 
 
-def _ratio(value: float) -> str:
-    return "not finite" if value != value or value == float("inf") else f"{value:.4g}"
+def _number(value: float, missing: bool) -> str:
+    if missing:
+        return "no estimate with this solver"
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from .equations import ODE
 from .state import Layout
 
-# Vector fields whose samples were found independent of each other; checked once per object.
-_INDEPENDENT: weakref.WeakSet = weakref.WeakSet()
+# Vector fields whose samples were found independent of each other, and the training modes they were in: checked once.
+_INDEPENDENT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Field:
@@ -32,19 +32,19 @@ class Field:
 
     Attributes:
         calls: batched evaluations of f so far.
-
     """
 
     def __init__(self, equation: ODE, layout: Layout, args, joint: bool):
         self.equation, self.layout, self.args, self.joint = equation, layout, args, joint
         self.calls = 0
         self._frozen = None  # the random generators' states that every evaluation starts from, where f is random
-        self._subsets: str | None = None  # how a part of the batch is evaluated: "index", "share" or "pad"
+        self._subsets: str | None = None  # how a part of the batch is evaluated: "index" or "pad"
+        self._own: set[int] = set()  # the leaves of args that have a row for every sample
         self._filler: tuple[Tensor, Tensor] | None = None
         self._autocast = _autocast_state(layout.device)
         # Whether f takes and returns the engine's tensors as they are.
         self._plain = layout.tree is None and layout.dtype == layout.work_dtype and len(layout.shapes[0]) == 1
-        self._simple = self._plain and equation.takes_time and args is None
+        self._simple = self._plain and equation.takes_time and args is None and self._autocast is None
         self._time_shape = () if joint else (-1, *(1,) * (layout.time_rank - 1))
         self._time_dtype = layout.dtype if layout.dtype != layout.work_dtype else layout.time_dtype
         if args is not None and not equation.takes_time:
@@ -55,7 +55,6 @@ class Field:
 
         Args:
             t, dt: [groups]. c: [evaluations, 1]; None for t alone.
-
         """
         if not self.equation.takes_time:
             return (None,) * (1 if c is None else len(c))
@@ -81,6 +80,12 @@ class Field:
         return self._invoke(t, z, args)
 
     def _invoke(self, t, z: Tensor, args):
+        if self._autocast is not None:
+            with torch.autocast(self.layout.device.type, dtype=self._autocast, cache_enabled=False):
+                return self._apply(t, z, args)
+        return self._apply(t, z, args)
+
+    def _apply(self, t, z: Tensor, args):
         z = z if self._plain else self.layout.unpack(z)
         if not self.equation.takes_time:
             return self.equation.f(z)
@@ -94,18 +99,22 @@ class Field:
         Args:
             t, z: where the solve starts.
             t_other: other times of the horizon, shaped like t.
-
         """
         before = _generator_states(self.layout.device)
         derivative = self._call(self.times(t)[0], z, self.args)
-        flat = self.layout.pack_derivative(derivative, len(z), self._autocast is not None)
+        # A copy: f may return a buffer of its own that its next call overwrites, as a captured graph does.
+        flat = self.layout.pack_derivative(derivative, len(z), self._autocast is not None).clone()
         after = _generator_states(self.layout.device)
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             self._frozen, self._subsets, self._simple = before, "pad", False
-        if not self.joint and len(z) > 1 and not _is_in(_INDEPENDENT, self.equation.f):
+        if not self.joint and len(z) > 1 and not _known_independent(self.equation.f):
             self._check_independence(t, z.detach(), flat.detach(), t_other)
-        self._filler = t.detach(), z.detach()
+        self.fill(t, z)
         return flat
+
+    def fill(self, t: Tensor, z: Tensor):
+        """Says where the samples stand that are evaluated only because f wants the whole batch."""
+        self._filler = t.detach(), z.detach()
 
     @torch.no_grad()
     def _check_independence(self, t: Tensor, z: Tensor, slope: Tensor, t_other: Tensor):
@@ -115,13 +124,12 @@ class Field:
         z[-1] = 1.1 * z[-1] + 0.1
         try:
             other = self(self.times(t)[0], z)
-        except (RuntimeError, ValueError, AssertionError, ArithmeticError):
-            return  # f refuses states that it would not meet: nothing was found out, and nothing is wrong
-        change = (other - slope)[:-1].abs()
-        if change.max() > _rounding(self.layout.dtype) * slope[:-1].abs().max().clamp(min=1e-30):
+        except Exception:  # f refuses states that it would not meet: nothing was found out, and nothing is wrong
+            return
+        if _differ(other[:-1], slope[:-1], self.layout.dtype):
             raise ValueError(mixing_message("f gives a sample another derivative when another sample changes"))
-        with contextlib.suppress(TypeError):  # an f that can't be weakly referenced is checked at every solve
-            _INDEPENDENT.add(self.equation.f)
+        if not torch.equal(other[-1], slope[-1]):  # an f that answers to nothing has not shown its independence
+            _remember_independent(self.equation.f)
 
     # -- a part of the batch ---------------------------------------------------------------------------------------
 
@@ -138,44 +146,60 @@ class Field:
         return _Part(self, rows, padded=not self.can_shrink())
 
     def _args_of(self, rows: Tensor):
-        batch = self.layout.batch
-
-        def pick(leaf):
-            per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch
-            return leaf.index_select(0, rows) if per_sample else leaf
-
-        return pytree.tree_map(pick, self.args)
+        """args for some of the samples."""
+        leaves, tree = pytree.tree_flatten(self.args)
+        picked = [x.index_select(0, rows) if i in self._own else x for i, x in enumerate(leaves)]
+        return pytree.tree_unflatten(picked, tree)
 
     @torch.no_grad()
     def _find_subsets(self, t: Tensor, z: Tensor) -> str:
         """Finds by trial how f must be called for fewer samples.
 
-        f may hold tensors of the whole batch (a control input, torchdyn's DataControl), and so may args, where a
-        leading dimension equal to the batch size is no proof. What reproduces the full result is right; where
-        neither does, the whole batch is evaluated and the rows are picked.
+        A leaf of args that has as many rows as the batch may be the samples' own or a table for all of them: changing
+        every other row tells. f itself may hold tensors of the whole batch (a control input, as in torchdyn's
+        DataControl): what does not reproduce the full result without the first sample is called with all of them.
         """
-        rows = torch.arange(len(z) - 1, device=z.device)
-        full = self._evaluate(self.times(t)[0], z, self.args)[:-1]
-        tolerance = _rounding(self.layout.dtype) * full.abs().max()
-        for policy, args in (("index", self._args_of(rows)), ("share", self.args)):
-            try:
-                part = self._evaluate(self.times(t[:-1])[0], z[:-1], args)
-            except (RuntimeError, ValueError, IndexError):
-                continue
-            if part.shape == full.shape and not (part - full).abs().max() > tolerance:
-                return policy
-        return "pad"
+        now = self.times(t)[0]
+        full = self._evaluate(now, z, self.args).clone()
+        leaves = pytree.tree_leaves(self.args)
+        self._own = {
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+            and leaf.dim() > 0
+            and len(leaf) == self.layout.batch
+            and not any(self._reads_across(now, z, full, i, parity) for parity in (0, 1))
+        }
+        rows = torch.arange(1, len(z), device=z.device)
+        try:
+            part = self._evaluate(self.times(t[1:])[0], z[1:], self._args_of(rows))
+        except Exception:  # however f complains about a part of the batch
+            return "pad"
+        same = part.shape == full[1:].shape and not _differ(part, full[1:], self.layout.dtype)
+        return "index" if same else "pad"
 
-    # -- gradients -------------------------------------------------------------------------------------------------
+    def _reads_across(self, now, z: Tensor, full: Tensor, i: int, parity: int) -> bool:
+        """Whether the samples of one parity notice a change in the other samples' rows of a leaf of args."""
+        leaves, tree = pytree.tree_flatten(self.args)
+        leaf = leaves[i].clone()
+        others = leaf[1 - parity :: 2]
+        leaf[1 - parity :: 2] = 1.1 * others + 0.1 if leaf.is_floating_point() else others.flip(0)
+        leaves[i] = leaf
+        try:
+            out = self._evaluate(now, z, pytree.tree_unflatten(leaves, tree))
+        except Exception:  # no values for f: what it reads can't be told
+            return True
+        return _differ(out[parity::2], full[parity::2], self.layout.dtype)
 
-    @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
-        """The state of autocast that the forward solve ran under, for a replay in the backward pass."""
-        if self._autocast is None:
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast is for f alone: stage combinations and error estimates in half precision would be noise."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
             yield
-        else:
-            with torch.autocast(self.layout.device.type, dtype=self._autocast, cache_enabled=False):
-                yield
+    else:
+        yield
 
 
 class _Part:
@@ -185,12 +209,11 @@ class _Part:
         field: of the whole batch.
         rows: the samples, ascending.
         padded: whether f is evaluated on the whole batch all the same, the other samples standing still.
-
     """
 
     def __init__(self, field: Field, rows: Tensor, padded: bool):
         self.field, self.rows, self.padded = field, rows, padded
-        self.args = field._args_of(rows) if field._subsets == "index" else field.args
+        self.args = field.args if padded else field._args_of(rows)
 
     def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
         """See `Field.times`; t and dt have one entry per row."""
@@ -286,17 +309,23 @@ class Substitute(TorchFunctionMode):
 
 def _reachable(f) -> list[Tensor]:
     """Tensors wanting gradients that f can get at, without running it."""
+    tensors = [x for x in _find(f, Tensor) if x.requires_grad]
+    return [*tensors, *(p for module in _find(f, nn.Module) for p in module.parameters() if p.requires_grad)]
+
+
+def _find(f, kind: type) -> list:
+    """Objects of a kind that f is, closes over, is bound to, or names as globals. Does not look inside of Modules."""
     found, seen, todo = [], set(), [f]
     while todo:
         x = todo.pop()
         if id(x) in seen:
             continue
         seen.add(id(x))
-        if isinstance(x, Tensor):
-            found.extend([x] if x.requires_grad else [])
-        elif isinstance(x, nn.Module):
-            found.extend(p for p in x.parameters() if p.requires_grad)
-        elif isinstance(x, functools.partial):
+        if isinstance(x, kind):
+            found.append(x)
+        if isinstance(x, Tensor | nn.Module):
+            continue
+        if isinstance(x, functools.partial):
             todo.extend([x.func, *x.args, *x.keywords.values()])
         elif inspect.ismethod(x):
             todo.extend([x.__func__, x.__self__])
@@ -323,11 +352,28 @@ def _filled(cell) -> bool:
     return True
 
 
-def _is_in(collection: weakref.WeakSet, x) -> bool:
+def _known_independent(f) -> bool:
     try:
-        return x in collection
-    except TypeError:  # not hashable or not weakly referenceable
+        return _modes(f) in _INDEPENDENT.get(f, ())
+    except TypeError:  # not hashable or not weakly referenceable: checked at every solve
         return False
+
+
+def _remember_independent(f):
+    with contextlib.suppress(TypeError):
+        _INDEPENDENT.setdefault(f, set()).add(_modes(f))
+
+
+def _modes(f) -> tuple[bool, ...]:
+    """Which of the modules that f can reach are in training mode: batch normalization mixes samples only then."""
+    return tuple(m.training for module in _find(f, nn.Module) for m in module.modules())
+
+
+def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two derivatives differ by more than rounding; NaN at the same place is no difference."""
+    change = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), a - b).abs()
+    scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().max()
+    return not bool(change.max() <= _rounding(dtype) * scale)
 
 
 def _rounding(dtype: torch.dtype) -> float:

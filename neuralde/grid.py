@@ -23,7 +23,6 @@ class Record:
         figures: of `control.Judge`, [1 to 3, groups], or None where the solver reports nothing.
         lens: on a tape, what error and stiffness can be differentiated from: (error vector, z at the end, pair).
         snapshot: [rows, n, features], the stages, where they are kept.
-
     """
 
     rows: Tensor | None
@@ -45,7 +44,6 @@ class Grid:
         t, dt, t_end: per step, [groups].
         sizes: per step, the number of groups.
         counts: accepted steps per sample, [batch].
-
     """
 
     def __init__(self, records: list[Record], batch: int, joint: bool, like: Tensor, times: Tensor):
@@ -146,7 +144,6 @@ class Grid:
         Returns:
             (step, theta), each [points, groups or batch]: the index of the step that contains the time, and the
             fraction of it in [0, 1].
-
         """
         ends = (self.padded("t_end", fill=float("nan")) * direction).nan_to_num(nan=float("inf"))
         ends = ends.T.expand(times.shape[1], -1).contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from .control import StepControl
 from .discover import Problem
 from .equations import ODE
 from .errors import Status
-from .field import Field
+from .field import Field, full_precision
 from .replay import Schedule, replay_all
 from .solution import Solution
 from .solvers import Solver, Step
@@ -42,7 +43,6 @@ class Probe:
         raw_error: the same before the tolerance divides it: RMS of the estimate, in units of z. [batch] or None.
         stiffness: estimate of |λ|, in units of 1/t. [batch], or None where the solver has none.
         solver: the method that made the step.
-
     """
 
     t: Tensor
@@ -86,21 +86,30 @@ def probe(
 
     Raises:
         ValueError, TypeError: an argument is wrong, or f mixes samples under per-sample control.
-
     """
     layout = Layout.of(z)
+    _control.check_tolerances(rtol, atol)
     control = _control.get(control)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
     def times(name, x):
+        if not isinstance(x, numbers.Real | Tensor):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(x).__name__}")
         x = torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device)
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} must be finite, got {x.tolist()}")
         if x.dim() > 1 or (x.dim() == 1 and len(x) not in (1, groups)):
             raise ValueError(f"{name} must be a number{'' if joint else f' or [batch] = [{groups}]'}, got {x.shape}")
         return x.detach().expand(groups)
 
     t = times("t", t)
     end = t + 1e30 if t1 is None else times("t1", t1)
+    if bool((end == t).any()):
+        raise ValueError("t1 must differ from t: it gives the step its direction")
+    dt = None if dt is None else times("dt", dt)
+    if dt is not None and bool((dt == 0).any()):
+        raise ValueError("dt must not be 0")
     equation = f if isinstance(f, ODE) else ODE(f)
     problem = Problem(
         field=Field(equation, layout, args, joint),
@@ -112,12 +121,10 @@ def probe(
         dt0=None,
         max_steps=1,
         keep_stages=False,
-        stop_early=True,
     )
-    flat = layout.pack(z)
-    flat = flat if flat.dtype == layout.work_dtype else flat.to(layout.work_dtype)
+    flat = layout.pack_start(z)
     slope = problem.field.first(t, flat, t + 1.0)
-    return _look(problem, t, flat, slope, None if dt is None else times("dt", dt))
+    return _look(problem, t, flat, slope, dt)
 
 
 def probe_solution(
@@ -135,7 +142,6 @@ def probe_solution(
 
     Returns:
         A `Probe`.
-
     """
     problem = solution._problem
     t = problem._groups(t.detach().to(problem.times))
@@ -150,6 +156,11 @@ def probe_solution(
 
 
 def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
+    with full_precision(z.device):
+        return _looked(problem, t, z, slope, dt)
+
+
+def _looked(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
     p, solver, batch = problem, problem.solver, len(z)
     if dt is None:
         with torch.no_grad():
@@ -181,7 +192,6 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
 
     Returns:
         [step, batch], 0 where a sample has no such step. Differentiable where `solution.steps.error` is.
-
     """
     p, outcome = solution._problem, solution._outcome
     grid = outcome.trajectory.grid
@@ -189,8 +199,9 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
 
     def one(z, j):
         f, t, dt = p.field.on(grid.rows[j]), grid.t[j], grid.dt[j]
-        step = p.solver.step(f, t, dt, z, None, p.solver.memory(z, torch.is_grad_enabled()))
-        return figure(p, step, z, t, dt)
+        with full_precision(z.device):
+            step = p.solver.step(f, t, dt, z, None, p.solver.memory(z, torch.is_grad_enabled()))
+            return figure(p, step, z, t, dt)
 
     if not len(grid):
         return p.start.new_zeros(0, grid.batch)
@@ -209,7 +220,6 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         solution: of `solve`.
         z0: another initial state, of the same structure and shapes; None for the same.
         args: other args; None for the same.
-
     """
     old, trajectory = solution._problem, solution._outcome.trajectory
     field = copy.copy(old.field)
@@ -225,7 +235,8 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
     schedule = None
     if problem.interior is not None:
         schedule = Schedule(problem, trajectory.grid, trajectory.reached)
-    path = replay_all(problem, trajectory.grid, flat, trajectory.status == Status.SUCCESS, schedule)
+    with full_precision(flat.device):
+        path = replay_all(problem, trajectory.grid, flat, trajectory.status == Status.SUCCESS, schedule)
     outcome = Outcome(
         trajectory=trajectory,
         final=path.final,

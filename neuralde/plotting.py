@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 from .solution import Solution
 
 
@@ -18,9 +20,10 @@ def plot_solution(solution: Solution, sample: int = 0, axes=None):
 
     Raises:
         ValueError: no such sample, or not three axes.
-
     """
     batch = len(solution.status)
+    if not isinstance(sample, numbers.Integral):
+        raise TypeError(f"sample must be an integer, got {type(sample).__name__}")
     if not 0 <= sample < batch:
         raise ValueError(f"sample must be from 0 to {batch - 1}, got {sample}")
     if axes is None:

@@ -18,7 +18,6 @@ class Replayed(NamedTuple):
         z: the state at its end, [samples, features].
         error, stiffness: [groups], or None where not wanted or not reported.
         outputs: the output times inside the step, as `Schedule.at` lists them, or None.
-
     """
 
     z: Tensor
@@ -34,7 +33,6 @@ class Schedule:
         problem: with `interior` times.
         grid: the accepted steps.
         reached: the time each sample got to, [groups]: what lies beyond has no value.
-
     """
 
     def __init__(self, problem: Problem, grid: Grid, reached: Tensor):
@@ -67,7 +65,6 @@ def replay_step(problem: Problem, grid: Grid, j: int, z: Tensor, lens: bool, out
         lens: whether error and stiffness are wanted.
         outputs: of `Schedule.at(j)`, or None.
         f: another field than the problem's.
-
     """
     f = (f or problem.field).on(grid.rows[j])
     solver, t, dt = problem.solver, grid.t[j], grid.dt[j]
@@ -90,7 +87,6 @@ class Path(NamedTuple):
     Attributes:
         final: [batch, features]. interior: [points, batch, features] or None.
         error, stiffness: flat in the grid's order, or None. states: [all accepted, features], in the same order.
-
     """
 
     final: Tensor
@@ -109,7 +105,6 @@ def replay_all(
         z0: [batch, features].
         done: which samples reach their end, [groups]; the others end in NaN, as in the solve.
         schedule: of the interior outputs, or None.
-
     """
     z, errors, stiffnesses, states = z0, [], [], []
     interior = None

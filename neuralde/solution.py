@@ -11,6 +11,7 @@ from torch import Tensor
 from .adjoints.base import Outcome
 from .discover import Problem
 from .errors import Status
+from .field import full_precision
 from .solvers import SOLVERS, Solver
 
 
@@ -24,7 +25,6 @@ class Statistics:
         accepted, rejected: attempted steps that passed and that failed the error test, [batch] int64.
         function_calls: batched calls of f that the forward solve made; a little more than `nfe` where f was also
             checked, more where samples finish at different steps.
-
     """
 
     nfe: Tensor
@@ -55,7 +55,6 @@ class Steps:
         stiffness: ‖f(x) - f(y)‖/‖x - y‖ of two stages at one abscissa: an estimate of |λ|. [step, batch], or None.
 
     `error` and `stiffness` are differentiable under adjoint "direct" and "checkpointed"; t and dt are constants.
-
     """
 
     def __init__(self, problem: Problem, outcome: Outcome):
@@ -105,7 +104,6 @@ class Solution:
         status: how each sample ended, [batch] int64, values of `Status`.
         residual: of a steady state; None for a finite horizon.
         solver, rtol, atol, control: what it was solved with.
-
     """
 
     residual: Tensor | None = None
@@ -150,7 +148,6 @@ class Solution:
 
         Raises:
             ValueError: the solver has no error estimate.
-
         """
         return self._integral("error")
 
@@ -160,7 +157,6 @@ class Solution:
 
         Raises:
             ValueError: the solver has no stiffness estimate.
-
         """
         return self._integral("stiffness")
 
@@ -176,7 +172,6 @@ class Solution:
 
         Raises:
             ValueError: it doesn't; the message names the solvers that do.
-
         """
         if _reports(self.solver, name):
             return
@@ -197,7 +192,6 @@ class Solution:
 
         Raises:
             ValueError: a time lies outside of the horizon.
-
         """
         p, layout = self._problem, self._problem.field.layout
         t = torch.as_tensor(t, dtype=p.times.dtype, device=p.times.device)
@@ -222,6 +216,10 @@ class Solution:
 
     def _interpolate(self, times: Tensor) -> Tensor:
         """[points, groups] -> [points, batch, features]."""
+        with full_precision(times.device):
+            return self._interpolated(times)
+
+    def _interpolated(self, times: Tensor) -> Tensor:
         p, trajectory = self._problem, self._outcome.trajectory
         grid, direction = trajectory.grid, p.span.sign()
         everyone = times.shape[1] == 1 and p.joint
@@ -260,6 +258,8 @@ class Solution:
                 value = flat.view(len(points), len(rows), -1)
             pieces.append(value)
         values = torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
+        # A sample that failed at once has no step; all that is known of it is where it started.
+        values = torch.where((grid.counts > 0)[:, None], values, self._z0)
         reached = times * direction <= trajectory.reached * direction + 1e-6 * p.span.abs()
         return torch.where(reached[..., None], values, float("nan"))
 

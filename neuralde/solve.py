@@ -17,7 +17,7 @@ from .control import StepControl
 from .discover import Problem
 from .equations import ODE
 from .errors import SolveWarning, Status, failure
-from .field import Field
+from .field import Field, full_precision
 from .solution import Solution
 from .solvers import Solver
 from .state import Layout
@@ -71,7 +71,6 @@ def solve(
     Gradients with respect to z0, args, the parameters of f and tensors that f closes over are exact for the discrete
     solution; step sizes are constants to them. Gradients with respect to t are those of the continuous solution:
     dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0.
-
     """
     if not isinstance(equation, ODE):
         hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
@@ -87,12 +86,7 @@ def solve(
         raise ValueError(f"solver {solver.name!r} has no error estimate; use StepControl(adaptive=False) with dt0")
     ts, times = _times(t, layout, joint=not control.per_sample)
 
-    flat = layout.pack(z0)
-    flat = flat if flat.dtype == layout.work_dtype else flat.to(layout.work_dtype)
-    if not bool(torch.isfinite(flat.detach()).all()):
-        bad = ~torch.isfinite(flat.detach()).all(dim=1)
-        raise ValueError(f"z0 must be finite, but samples {_few(bad)} hold NaN or infinity")
-
+    flat = layout.pack_start(z0)
     problem = Problem(
         field=Field(equation, layout, args, joint=not control.per_sample),
         solver=solver,
@@ -103,22 +97,17 @@ def solve(
         dt0=None if dt0 is None else float(dt0),
         max_steps=max_steps,
         keep_stages=dense,
-        stop_early=on_failure == "raise",
     )
-    shifted = _shift_start(problem, flat, times)
-    outcome = adjoint.solve(problem, shifted)
-    _report(problem, outcome.trajectory, on_failure)
-    middle = () if outcome.interior is None else (outcome.interior,)
-    zs = _shift_outputs(problem, torch.cat([flat[None], *middle, outcome.final[None]]), times)
+    with full_precision(layout.device):
+        outcome = adjoint.solve(problem, _shift_start(problem, flat, times))
+        _report(problem, outcome.trajectory, on_failure)
+        middle = () if outcome.interior is None else (outcome.interior,)
+        zs = _shift_outputs(problem, torch.cat([flat[None], *middle, outcome.final[None]]), times)
     return Solution(problem, outcome, ts, layout.unpack(zs), flat)
 
 
 def _check_numbers(rtol, atol, max_steps, dt0, on_failure):
-    for name, value, least, strict in (("rtol", rtol, 0.0, True), ("atol", atol, 0.0, False)):
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not (value > least if strict else value >= least) or not math.isfinite(value):
-            raise ValueError(f"{name} must be finite and {'positive' if strict else 'at least 0'}, got {value}")
+    _control.check_tolerances(rtol, atol)
     if not isinstance(max_steps, numbers.Integral):
         raise TypeError(f"max_steps must be an integer, got {type(max_steps).__name__}")
     if max_steps < 1:
@@ -147,6 +136,8 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
         parts = [torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device) for x in t]
         if any(x.dim() > 1 for x in parts):
             raise ValueError("t as a tuple must hold numbers or [batch] tensors; pass [batch, times] as one tensor")
+        if len({len(x) for x in parts if x.dim()} | {layout.batch}) > 1:
+            raise ValueError(f"t as a tuple of tensors must hold [batch] = [{layout.batch}] times each")
         t = torch.stack(torch.broadcast_tensors(*parts), dim=-1) if parts else torch.empty(0)
     else:
         raise TypeError(f"t must be (t0, t1), a 1-D tensor of times or [batch, times], got {type(t).__name__}")
@@ -195,11 +186,6 @@ def _sample_of(values: Tensor) -> str:
     return f"sample {int(bad.nonzero()[0])}"
 
 
-def _few(mask: Tensor) -> str:
-    found = mask.nonzero().flatten().tolist()
-    return ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-
-
 def _shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
     """z0 with the gradient of t0: a later start is the same start moved back along f."""
     if not (times.requires_grad and torch.is_grad_enabled()):
@@ -228,7 +214,8 @@ def _report(problem: Problem, trajectory, on_failure: str):
         return
     if not bool((trajectory.status != Status.SUCCESS).any()):
         return
-    error = failure(trajectory.status, trajectory.reached, *trajectory.last_attempt(), joint=problem.joint)
+    batch, figures = problem.field.layout.batch, (trajectory.reached, *trajectory.last_attempt())
+    error = failure(*(x if x is None else x.expand(batch) for x in (trajectory.status, *figures)), problem.joint)
     if on_failure == "raise":
         raise error
     warnings.warn(str(error), SolveWarning, stacklevel=4)

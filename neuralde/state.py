@@ -24,7 +24,6 @@ class Layout:
         work_dtype: of the engine's arithmetic: float32 for bfloat16 and float16 states, else `dtype`.
         time_dtype: of t, dt and error ratios: float64 for float64 and complex128 states, else float32.
         batch: number of samples.
-
     """
 
     tree: Any
@@ -42,7 +41,6 @@ class Layout:
         Raises:
             TypeError: z0 holds something other than floating-point or complex tensors, or mixed dtypes.
             ValueError: z0 is empty, has no batch dimension, mixed batch sizes or devices.
-
         """
         leaves, tree = pytree.tree_flatten(z0)
         if not leaves:
@@ -89,6 +87,20 @@ class Layout:
             return einops.rearrange(z, "b ... -> b (...)") if z.dim() > 1 else z[:, None]
         return einops.pack(pytree.tree_leaves(z), "b *")[0]
 
+    def pack_start(self, z0) -> Tensor:
+        """An initial state as the engine starts from it: packed, in the working dtype.
+
+        Raises:
+            ValueError: it holds NaN or infinity; the message names the samples.
+        """
+        flat = self.pack(z0)
+        flat = flat if flat.dtype == self.work_dtype else flat.to(self.work_dtype)
+        if not bool(torch.isfinite(flat.detach()).all()):
+            bad = (~torch.isfinite(flat.detach()).all(dim=1)).nonzero().flatten().tolist()
+            few = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise ValueError(f"z0 must be finite, but samples {few} hold NaN or infinity")
+        return flat
+
     def unpack(self, flat: Tensor):
         """[..., features] -> state, with every leading dimension kept (batch, or times and batch)."""
         flat = flat if flat.dtype == self.dtype else flat.to(self.dtype)
@@ -104,7 +116,6 @@ class Layout:
         Raises:
             TypeError: another structure or dtype than the state's.
             ValueError: another shape or device.
-
         """
         leaves, tree = pytree.tree_flatten(dz)
         if (tree != self.tree) if self.tree is not None else not isinstance(dz, Tensor):

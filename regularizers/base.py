@@ -23,7 +23,6 @@ class Regularizer(nn.Module, abc.ABC):
         weight: a number, or a schedule (`constant`, `exponential`, `linear`, `cosine`, or any function of the step).
 
     `step()` advances the schedule; `state_dict()` keeps its position.
-
     """
 
     def __init__(self, weight: float | Schedule = 1.0):
@@ -55,7 +54,6 @@ class Regularizer(nn.Module, abc.ABC):
 
         Raises:
             TypeError: none of these. ValueError: no layer in it holds a solution.
-
         """
         return self.weight * sum(self.figure(solution).mean() for solution in solutions(source))
 
@@ -69,7 +67,6 @@ def solutions(source: Solution | nn.Module) -> list[Solution]:
 
     Raises:
         TypeError, ValueError: as `Regularizer.forward`.
-
     """
     if isinstance(source, Solution):
         return [source]

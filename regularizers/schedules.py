@@ -21,7 +21,6 @@ def exponential(start: float, end: float, steps: int) -> Schedule:
         start, end: positive weights. steps: how many calls of `step()` it takes.
 
     Source: thesis sections 5.2 and 6.3; the papers' code anneals a global penalty per epoch, a local one per step.
-
     """
     _finite(start=start, end=end)
     _positive_steps(steps)

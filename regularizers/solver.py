@@ -58,7 +58,6 @@ class GlobalError(_Global):
     Differentiable under adjoint "direct" and "checkpointed", at the latter's memory.
 
     Source: thesis chapter 5; Pal et al. 2021, "Opening the Blackbox".
-
     """
 
     def __init__(
@@ -91,7 +90,6 @@ class GlobalStiffness(_Global):
             0.0285 is 0.1 over that.
 
     Source: thesis chapter 5; Pal et al. 2021, "Opening the Blackbox".
-
     """
 
     def __init__(
@@ -125,7 +123,6 @@ class _Local(Regularizer):
 
         Returns:
             [batch]; one value repeated under joint control.
-
         """
         batch = len(solution.status)
         draws = 1 if not solution.control.per_sample else batch
@@ -173,7 +170,6 @@ class LocalError(_Local):
     The published code also holds the slope at the start of the step constant; here the parameters get its gradient.
 
     Source: thesis chapter 6, algorithms 6.1 and 6.2; Pal et al. 2023, "Locally Regularized Neural DEs".
-
     """
 
     def __init__(
@@ -202,7 +198,6 @@ class LocalStiffness(_Local):
         relative: divide by the method's stability size, as the published code does.
 
     Source: thesis chapter 6; LocalRegNeuralDE.jl's stiffness variant.
-
     """
 
     def __init__(

@@ -18,7 +18,6 @@ def register(adjoint: Adjoint) -> Adjoint:
 
     Raises:
         ValueError: the name is taken.
-
     """
     if adjoint.name in ADJOINTS:
         raise ValueError(f"an adjoint named {adjoint.name!r} is registered already; choose another name")
@@ -31,7 +30,6 @@ def get(adjoint: str | Adjoint) -> Adjoint:
 
     Raises:
         ValueError: unknown name; the message has the nearest one. TypeError: neither a name nor an adjoint.
-
     """
     if isinstance(adjoint, Adjoint):
         return adjoint

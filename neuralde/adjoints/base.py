@@ -21,7 +21,6 @@ class Outcome:
         error, stiffness: each returns the accepted steps' figures, flat in the grid's order; None where the solver
             reports none. Functions, because "direct" puts them on its tape only when somebody asks.
         states: returns the states at the steps' starts, [all accepted, features].
-
     """
 
     trajectory: Trajectory
@@ -37,7 +36,6 @@ class Adjoint(abc.ABC):
 
     Attributes:
         name: what `solve(adjoint=...)` calls it.
-
     """
 
     name: str

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..discover import Problem, Trajectory, discover
 from ..errors import NeuralDEError, Status
-from ..field import Substitute, closed_over
+from ..field import Substitute, closed_over, full_precision
 from ..replay import Schedule, replay_all, replay_step
 from .base import Adjoint, Outcome, plain
 
@@ -113,7 +113,7 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
         rows = grid.rows[j]
         z = grid.z[j].detach().requires_grad_()
         outputs = schedule.at(j) if schedule is not None else None
-        with torch.enable_grad(), problem.field.replaying(), substitute():
+        with torch.enable_grad(), full_precision(z0.device), substitute():
             step = replay_step(problem, grid, j, z, lens, outputs, field)
         values, weights = [step.z], [costate if rows is None else costate.index_select(0, rows)]
         for value, flat in ((step.error, error), (step.stiffness, stiffness)):
@@ -144,7 +144,6 @@ def _leaves(run: _Run, tensors: list[Tensor]):
 
     Returns:
         The field that uses them, the list of ends in the order of `tensors`, and a context in which f sees them.
-
     """
     ends = [x if x.is_leaf else x.detach().requires_grad_() for x in tensors]
     field = run.problem.field
@@ -164,7 +163,8 @@ def _differentiable_backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotan
             "does on the way to z0, args or a tensor that f closes over, and here one parameter does both; "
             "use adjoint='direct'"
         )
-    path = replay_all(run.problem, run.trajectory.grid, z0, run.done, run.schedule())
+    with full_precision(z0.device):
+        path = replay_all(run.problem, run.trajectory.grid, z0, run.done, run.schedule())
     values = (path.final, path.interior, path.error, path.stiffness, path.states)
     pairs = [(v, w) for v, w in zip(values, cotangents, strict=True) if w is not None and v.requires_grad]
     inputs = [x for x in (z0, *tensors) if x.requires_grad]

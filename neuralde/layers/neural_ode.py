@@ -28,7 +28,6 @@ class NeuralODE(nn.Module):
     Raises:
         TypeError: an option that `solve` doesn't have.
         ValueError: f mixes samples (batch normalization in training mode) under per-sample control.
-
     """
 
     def __init__(self, f: Callable, t=(0.0, 1.0), **solve_options):
@@ -65,7 +64,6 @@ class NeuralODE(nn.Module):
         Args:
             z0: [batch, ...], or a tuple or dict of such tensors.
             args: for f's last argument.
-
         """
         return self.solve(z0, args=args).final
 
@@ -75,7 +73,6 @@ class NeuralODE(nn.Module):
         Args:
             z0, args: as in `forward`.
             t: output times instead of the layer's horizon.
-
         """
         self.solution = None  # lets go of the last call's graph before this one's is built
         self._refuse_mixing()
@@ -88,7 +85,6 @@ class NeuralODE(nn.Module):
         Args:
             z0, args: as in `forward`.
             ts: [times] or [batch, times], the first one where z0 is.
-
         """
         return self.solve(z0, ts, args=args).zs
 

@@ -16,7 +16,6 @@ class AppendTime(nn.Module):
 
     Shapes:
         t: [batch, 1, ..., 1], or without dimensions. z: [batch, channels, ...].
-
     """
 
     def __init__(self, layer: nn.Module):
@@ -37,7 +36,6 @@ class TimeChain(nn.Module):
 
     Args:
         *layers: modules.
-
     """
 
     def __init__(self, *layers: nn.Module):

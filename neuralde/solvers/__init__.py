@@ -18,7 +18,6 @@ def register(solver: Solver) -> Solver:
 
     Raises:
         ValueError: the name is taken.
-
     """
     if solver.name in SOLVERS:
         raise ValueError(f"a solver named {solver.name!r} is registered already; choose another name")
@@ -32,7 +31,6 @@ def get(solver: str | Solver) -> Solver:
     Raises:
         ValueError: no solver has that name; the message has the nearest one.
         TypeError: neither a name nor a solver.
-
     """
     if isinstance(solver, Solver):
         return solver

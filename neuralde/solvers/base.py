@@ -17,7 +17,6 @@ class VectorField(Protocol):
 
         Args:
             t, dt: [groups]. c: [evaluations, 1].
-
         """
 
     def __call__(self, t: Any, z: Tensor) -> Tensor:
@@ -34,7 +33,6 @@ class Step(NamedTuple):
             the local Lipschitz constant of f. Valid as long as `stages`.
         slope_end: f(t + dt, z), where it was computed, or None.
         stages: the step's memory, for `Solver.snapshot`; valid until the next step with the same memory.
-
     """
 
     z: Tensor
@@ -58,7 +56,6 @@ class Solver(abc.ABC):
         fsal: whether a step computes the slope at its end anyway (first same as last).
         calls_per_step: evaluations of f in one attempt that is given the slope at its start if `fsal`, and isn't
             otherwise.
-
     """
 
     name: str
@@ -99,7 +96,6 @@ class Solver(abc.ABC):
                 FSAL method is saved.
             close: whether the slope at the step's end is wanted even where the method does not compute it:
                 interpolation needs it.
-
         """
 
     @abc.abstractmethod
@@ -117,7 +113,6 @@ class Solver(abc.ABC):
 
         Returns:
             [points, features], or [points, batch, features] where rows is None.
-
         """
 
     def __repr__(self) -> str:

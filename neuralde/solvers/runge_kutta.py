@@ -34,7 +34,6 @@ class Tableau:
         interpolant_order: q, its error being O(dt^(q+1)) on one step.
         pair: two stages (0-based) with equal abscissae, for the stiffness estimate, or None.
         source: where the numbers are from.
-
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -234,7 +233,6 @@ class RungeKutta(Solver):
         name: what `solve(solver=...)` calls it.
         tableau: its coefficients.
         adaptive: whether its error estimate chooses the steps by default.
-
     """
 
     def __init__(self, name: str, tableau: Tableau, adaptive: bool):
