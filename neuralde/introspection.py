@@ -21,10 +21,10 @@ from . import control as _control
 from . import solvers
 from .adjoints.base import Outcome
 from .control import StepControl
-from .discover import Problem
 from .equations import ODE
 from .errors import Status
 from .field import Field, full_precision
+from .problem import Problem
 from .replay import Schedule, replay_all
 from .solution import Solution
 from .solvers import Solver, Step

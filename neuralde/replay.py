@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .discover import Problem
 from .grid import Grid
+from .problem import Problem
 
 
 class Replayed(NamedTuple):

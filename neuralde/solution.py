@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .adjoints.base import Outcome
-from .discover import Problem
 from .errors import Status
 from .field import full_precision
+from .problem import Problem
 from .solvers import SOLVERS, Solver
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import sys
 import warnings
 
 import torch
@@ -14,18 +15,15 @@ from . import adjoints, solvers
 from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
-from .discover import Problem
 from .equations import ODE
 from .errors import SolveWarning, Status, failure
 from .field import Field, full_precision
+from .problem import Problem
 from .solution import Solution
 from .solvers import Solver
 from .state import Layout
 
 
-# torch.compile around a layer compiles what stands before and after it: tracing into the data-dependent loop would
-# break the graph at every attempt. A compiled f stays compiled.
-@torch.compiler.disable
 def solve(
     equation: ODE,
     z0,
@@ -72,6 +70,12 @@ def solve(
     solution; step sizes are constants to them. Gradients with respect to t are those of the continuous solution:
     dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0.
     """
+    return _untraced(_solve)(
+        equation, z0, t, solver, rtol, atol, control, adjoint, args, max_steps, dt0, dense, on_failure
+    )
+
+
+def _solve(equation, z0, t, solver, rtol, atol, control, adjoint, args, max_steps, dt0, dense, on_failure) -> Solution:
     if not isinstance(equation, ODE):
         hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
         raise TypeError(f"equation must be an nde.ODE, got {type(equation).__name__}{hint}")
@@ -104,6 +108,16 @@ def solve(
         middle = () if outcome.interior is None else (outcome.interior,)
         zs = _shift_outputs(problem, torch.cat([flat[None], *middle, outcome.final[None]]), times)
     return Solution(problem, outcome, ts, layout.unpack(zs), flat)
+
+
+def _untraced(function):
+    """The function, out of torch.compile's sight.
+
+    torch.compile around a layer compiles what stands before and after it: tracing into the data-dependent loop would
+    break the graph at every attempt. A compiled f stays compiled. (Asked for at every call, since torch.compiler would
+    import the whole compiler at once, which takes a second.)
+    """
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def _check_numbers(rtol, atol, max_steps, dt0, on_failure):

@@ -233,8 +233,6 @@ def test_moving_to_another_precision(dtype):
     after = layer(z0.to(dtype))
     assert after.dtype == dtype
     close(after.float(), before.detach(), 2e-2)
-    with refused(TypeError, "f must return", "dtype") if dtype == torch.float64 else pytest.raises((TypeError, RuntimeError)):
-        nde.NeuralODE(lambda t, z: z.to(dtype))(z0)
 
 
 @pytest.mark.parametrize("t", [torch.tensor([0.0, 1.0]), (0.0, torch.tensor(1.0))])

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..discover import Problem, Trajectory
+from ..problem import Problem
+from ..trajectory import Trajectory
 
 
 @dataclass

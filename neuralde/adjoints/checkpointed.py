@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..discover import Problem, Trajectory, discover
+from ..discover import discover
 from ..errors import NeuralDEError, Status
 from ..field import Substitute, closed_over, full_precision
+from ..problem import Problem
 from ..replay import Schedule, replay_all, replay_step
+from ..trajectory import Trajectory
 from .base import Adjoint, Outcome, plain
 
 

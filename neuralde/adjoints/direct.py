@@ -7,7 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..discover import Problem, Trajectory, discover
+from ..discover import discover
+from ..problem import Problem
+from ..trajectory import Trajectory
 from .base import Adjoint, Outcome, plain
 
 

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-
+from ..registry import Registry
 from . import tableaus
 from .base import Solver, Step
 from .runge_kutta import RungeKutta, Tableau
 
 __all__ = ["SOLVERS", "RungeKutta", "Solver", "Step", "Tableau", "get", "register"]
 
-SOLVERS: dict[str, Solver] = {}
-
-
-def register(solver: Solver) -> Solver:
-    """Adds a solver under its name, so that `solve(solver=name)` and the tests over all solvers find it.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if solver.name in SOLVERS:
-        raise ValueError(f"a solver named {solver.name!r} is registered already; choose another name")
-    SOLVERS[solver.name] = solver
-    return solver
-
-
-def get(solver: str | Solver) -> Solver:
-    """The solver of that name, or the solver itself.
-
-    Raises:
-        ValueError: no solver has that name; the message has the nearest one.
-        TypeError: neither a name nor a solver.
-    """
-    if isinstance(solver, Solver):
-        return solver
-    if not isinstance(solver, str):
-        raise TypeError(f"solver must be a name or a neuralde solver, got {type(solver).__name__}")
-    if solver not in SOLVERS:
-        near = difflib.get_close_matches(solver.lower(), SOLVERS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown solver {solver!r}; {hint}Known solvers: {', '.join(SOLVERS)}")
-    return SOLVERS[solver]
-
+SOLVERS: Registry[Solver] = Registry("solver", Solver)
+register, get = SOLVERS.register, SOLVERS.find
 
 for _name, _tableau, _adaptive in (
     ("euler", tableaus.EULER, False),

@@ -1,0 +1,111 @@
+"""What the adaptive loop found."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import control as _control
+from .errors import Status
+from .grid import Grid, Record
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from .discover import _Lane
+
+
+class Counts(NamedTuple):
+    """How much work a solve was, per sample: [batch], int64.
+
+    Attributes:
+        accepted, rejected: attempts judged.
+        nfe: evaluations of f on the sample.
+    """
+
+    accepted: Tensor
+    rejected: Tensor
+    nfe: Tensor
+
+
+class Trajectory:
+    """What the loop found. What a caller may not need is put together when it is asked for.
+
+    Attributes:
+        problem: what was solved.
+        final: the state at the end, [batch, features]; NaN for samples that did not get there.
+        interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
+        status: [groups].
+        records: the accepted attempts.
+    """
+
+    def __init__(
+        self, problem: Problem, z0: Tensor, parts: list[_Lane], records: list[Record], interior, nfe_extra: int
+    ):
+        self.problem, self.records, self.interior = problem, records, interior
+        self._z0, self._parts, self._nfe_extra = z0, parts, nfe_extra
+        self.status = self._whole(lambda lane: lane.status)
+        self.final = self._whole(lambda lane: lane.z)
+        failed = self.status != Status.SUCCESS
+        if bool(failed.any()):
+            self.final = torch.where(failed[:, None], float("nan"), self.final)
+        for part in parts:
+            part.z = part.slope = None
+
+    def _whole(self, figure) -> Tensor:
+        """A quantity of all samples, put together from the lanes that they finished in."""
+        values = [figure(part) for part in self._parts]
+        if len(values) == 1:
+            return values[0]
+        order = torch.argsort(torch.cat([part.rows for part in self._parts]))
+        return torch.cat(values).index_select(0, order)
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        """The accepted steps."""
+        return Grid(self.records, len(self._z0), self.problem.joint, self._z0, self.problem.start)
+
+    @functools.cached_property
+    def error(self) -> Tensor | None:
+        """The error ratio of every accepted step, flat in the grid's order; None where the solver has none."""
+        if self.problem.solver.error_order is None:
+            return None
+        return self.grid.gather([r.figures[0] for r in self.records], self.problem.start)
+
+    @functools.cached_property
+    def stiffness(self) -> Tensor | None:
+        """The stiffness of every accepted step, as `error`."""
+        if not self.problem.solver.reports_stiffness:
+            return None
+        top, bottom, dt = (
+            self.grid.gather(parts, self.problem.start)
+            for parts in (
+                [r.figures[-2] for r in self.records],
+                [r.figures[-1] for r in self.records],
+                [r.dt for r in self.records],
+            )
+        )
+        return _control.quotient(top, bottom, dt)
+
+    @functools.cached_property
+    def counts(self) -> Counts:
+        """The work."""
+        accepted, rejected = self._whole(lambda lane: lane.accepted), self._whole(lambda lane: lane.rejected)
+        nfe = (accepted + rejected) * self.problem.solver.calls_per_step + self._nfe_extra
+        return Counts(*(x.expand(len(self._z0)) for x in (accepted, rejected, nfe.clamp(min=1))))
+
+    @functools.cached_property
+    def reached(self) -> Tensor:
+        """The time that every sample got to, [groups]."""
+        return self._whole(lambda lane: lane.signed(torch.where(lane.status == Status.SUCCESS, lane.s, lane.failed_at)))
+
+    def last_attempt(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(dt, error ratio, stiffness) of every failed sample's last attempt, [groups] or None if not reported."""
+        solver = self.problem.solver
+        h, *figures = (self._whole(lambda lane, i=i: lane.last[i]) for i in range(4))
+        error = figures[0] if solver.error_order is not None else None
+        pair = figures[1:3] if solver.error_order is not None else figures[:2]
+        stiffness = _control.quotient(*pair, h) if solver.reports_stiffness else None
+        return self._whole(lambda lane: lane.signed(lane.last[0])), error, stiffness
