@@ -28,7 +28,8 @@ class StepControl:
         per_sample: one step size per sample, judged by the sample's own error; or one for the whole batch.
         adaptive: whether the error chooses the step. False: every step is `dt0`, whatever the solver.
         safety, factor_min, factor_max: as above.
-        beta1, beta2: exponents; None means 7/(10 p) and 2/(5 p) for a method of order p.
+        beta1, beta2: exponents; None means 7/(10 p) and 2/(5 p) for a method of order p, and 0.17 and 0.04 for
+            dopri5. 1/p and 0 make it the integral controller of torchdiffeq and torchdyn.
 
     Raises:
         ValueError: safety, factor_min or factor_max is out of range.
@@ -51,23 +52,27 @@ class StepControl:
         if not 0.0 < self.factor_min < 1.0 < self.factor_max:
             raise ValueError(f"factor_min and factor_max must enclose 1, got {self.factor_min} and {self.factor_max}")
 
-    def factor(self, ratio: Tensor, previous: Tensor, accept: Tensor | None, order: int) -> Tensor:
+    def factor(self, ratio: Tensor, previous: Tensor, accept: Tensor | None, exponents) -> Tensor:
         """What to multiply dt with, [groups].
 
         Args:
             ratio, previous: this attempt's error ratio, infinite where it is not a number, and that of the last
                 accepted step, [groups].
             accept: [groups], or None where all were accepted.
-            order: of the solver.
+            exponents: (beta1, beta2), of `exponents`.
         """
-        beta1 = 0.7 / order if self.beta1 is None else self.beta1
-        beta2 = 0.4 / order if self.beta2 is None else self.beta2
+        beta1, beta2 = exponents
         shrink = ratio.pow(-beta1).mul_(self.safety)
         grow = (shrink * previous.pow(beta2)).clamp_(self.factor_min, self.factor_max)
         if accept is None:
             return grow
         # Bounded above too: a finished sample makes zero steps without error, and 0 · inf is no step size.
         return torch.where(accept, grow, shrink.clamp_(self.factor_min, self.factor_max))
+
+    def exponents(self, order: int, tuned: tuple[float, float] | None) -> tuple[float, float]:
+        """(beta1, beta2) for a method of that order, with exponents of its own or None."""
+        general = tuned or (0.7 / order, 0.4 / order)
+        return tuple(g if own is None else own for own, g in zip((self.beta1, self.beta2), general, strict=True))
 
     def remember(self, ratio: Tensor, previous: Tensor, accept: Tensor | None) -> Tensor:
         """The error ratio that the next attempt compares with, [groups]; arguments as `factor`'s."""

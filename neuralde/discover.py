@@ -127,6 +127,7 @@ class _Discovery:
             direction=direction if backward else None,
             interior=None if problem.interior is None else problem.interior * direction,
         )
+        self.exponents = self.control.exponents(self.solver.order, self.solver.exponents)
         # Below this step size s + h is s, or the horizon would take forever.
         self.eps = 4 * torch.finfo(t.dtype).eps
         self.least = 1e-25
@@ -227,7 +228,7 @@ class _Discovery:
         if control.adaptive:
             judged = None if everyone else ok
             finite = ratio if everyone else ratio.nan_to_num(nan=float("inf"))
-            lane.h = h * control.factor(finite, lane.previous, judged, self.solver.order)
+            lane.h = h * control.factor(finite, lane.previous, judged, self.exponents)
             lane.previous = control.remember(finite, lane.previous, judged)
 
         # Who has finished, who has failed?

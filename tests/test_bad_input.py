@@ -180,7 +180,9 @@ def test_times(t, error, words):
     assert str(caught.value).startswith("t ")
 
 
-@pytest.mark.parametrize("t", [(0.0, torch.tensor([1.0, 2.0, 1.0])), torch.tensor([[0.0, 1.0], [0.5, 1.0], [0.0, 1.0]])])
+@pytest.mark.parametrize(
+    "t", [(0.0, torch.tensor([1.0, 2.0, 1.0])), torch.tensor([[0.0, 1.0], [0.5, 1.0], [0.0, 1.0]])]
+)
 def test_joint_control_with_different_horizons(t):
     assert solve(t=t).converged.all()
     with refused(ValueError, "t ", "horizon", "per_sample"):

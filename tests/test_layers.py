@@ -397,7 +397,10 @@ def test_time_chain_from_an_image_to_a_vector():
 
 
 MNIST_LIKE = {
-    "vectors": lambda: (nde.TimeChain(nde.AppendTime(nn.Linear(4, 8)), nn.Tanh(), nde.AppendTime(nn.Linear(9, 3))), (5, 3)),
+    "vectors": lambda: (
+        nde.TimeChain(nde.AppendTime(nn.Linear(4, 8)), nn.Tanh(), nde.AppendTime(nn.Linear(9, 3))),
+        (5, 3),
+    ),
     "images": lambda: (
         nde.TimeChain(
             nde.AppendTime(nn.Conv2d(3, 4, 3, padding=1)), nn.Tanh(), nde.AppendTime(nn.Conv2d(5, 2, 3, padding=1))

@@ -81,7 +81,9 @@ def test_steps(solver, control, adjoint, t):
     both = steps.mask[1:]
     torch.testing.assert_close(ends[:-1][both], steps.t[1:][both], rtol=1e-13, atol=1e-13)
     last = stats.accepted - 1
-    torch.testing.assert_close(ends[last, torch.arange(BATCH)], torch.full((BATCH,), t[-1]).double(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        ends[last, torch.arange(BATCH)], torch.full((BATCH,), t[-1]).double(), rtol=0, atol=1e-13
+    )
 
     # Their states lie on the solution.
     assert torch.equal(steps.z[0], solution.zs[0])
@@ -167,9 +169,7 @@ def test_the_adjoints_report_the_same(control):
         assert torch.equal(other.stats.nfe, found[0].stats.nfe)
         for name in ("t", "dt", "z", "error", "stiffness"):
             # Error estimates are differences of nearly equal numbers: they keep fewer digits.
-            torch.testing.assert_close(
-                getattr(other.steps, name), getattr(found[0].steps, name), rtol=1e-6, atol=1e-10
-            )
+            torch.testing.assert_close(getattr(other.steps, name), getattr(found[0].steps, name), rtol=1e-6, atol=1e-10)
 
 
 # -- statistics ----------------------------------------------------------------------------------------------------
@@ -281,7 +281,8 @@ def test_dense_is_the_same_and_costs_nothing(solver, control):
         assert f.calls > before, "this one kept nothing"
     torch.testing.assert_close(values, replayed, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(dense.final, again.final, rtol=1e-12, atol=1e-13)
-    assert dense.stats.function_calls - again.stats.function_calls <= 1
+    # Interpolation closes the last step of a method that is not FSAL: one evaluation more.
+    assert ((dense.stats.nfe - again.stats.nfe) <= 1).all()
     assert (dense.stats.accepted == again.stats.accepted).all()
 
 

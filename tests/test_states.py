@@ -319,7 +319,9 @@ def test_autocast_gradients_agree_between_adjoints():
     found = []
     for adjoint in ADJOINTS:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            final = nde.solve(nde.ODE(lambda t, z: net(z)), z0, (0.0, 1.0), adjoint=adjoint, solver="rk4", dt0=0.1).final
+            final = nde.solve(
+                nde.ODE(lambda t, z: net(z)), z0, (0.0, 1.0), adjoint=adjoint, solver="rk4", dt0=0.1
+            ).final
             loss = (final**2).mean()
         found.append(torch.autograd.grad(loss, list(net.parameters())))
     for other in found[1:]:
@@ -411,8 +413,11 @@ def test_ways_to_say_a_horizon(t, control):
     solution = nde.solve(nde.ODE(swing), z0, t, control=control)
     expected = nde.solve(nde.ODE(swing), z0, (0.0, 2.0), control=control)
     assert torch.equal(solution.final, expected.final)
-    each = isinstance(t, torch.Tensor) and t.dim() == 2 or isinstance(t, tuple) and any(
-        isinstance(x, torch.Tensor) and x.dim() for x in t
+    each = (
+        isinstance(t, torch.Tensor)
+        and t.dim() == 2
+        or isinstance(t, tuple)
+        and any(isinstance(x, torch.Tensor) and x.dim() for x in t)
     )
     assert solution.ts.shape == ((2, 3) if each else (2,))
     assert solution.ts.dtype == torch.float64
@@ -434,7 +439,9 @@ def test_a_horizon_that_is_learned(control, adjoint):
     z0 = normal(3, 2)
     start, end = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64)
     start.requires_grad_(), end.requires_grad_()
-    final = nde.solve(nde.ODE(lambda t, z: torch.sin(z)), z0, (start, end), control=control, adjoint=adjoint, **TIGHT).final
+    final = nde.solve(
+        nde.ODE(lambda t, z: torch.sin(z)), z0, (start, end), control=control, adjoint=adjoint, **TIGHT
+    ).final
     to_start, to_end = torch.autograd.grad(final.sum(), [start, end])
     torch.testing.assert_close(to_end, torch.sin(final).sum().detach(), rtol=1e-7, atol=0)
     torch.testing.assert_close(to_start, -to_end, rtol=1e-6, atol=0)

@@ -123,7 +123,9 @@ def test_augmenter_that_learns():
     x = torch.randn(6, 3, dtype=torch.float64)
     model = nn.Sequential(augmenter, nde.NeuralODE(f, **TIGHT))
     mine = torch.autograd.grad((model(x) ** 2).sum(), list(augmenter.parameters()))
-    expected = torch.autograd.grad((reference(lambda t, z: f(z), augmenter(x)) ** 2).sum(), list(augmenter.parameters()))
+    expected = torch.autograd.grad(
+        (reference(lambda t, z: f(z), augmenter(x)) ** 2).sum(), list(augmenter.parameters())
+    )
     for own, other in zip(mine, expected, strict=True):
         close(own, other, 1e-5)
 

@@ -12,15 +12,16 @@ __all__ = ["SOLVERS", "RungeKutta", "Solver", "Step", "Tableau", "get", "registe
 SOLVERS: Registry[Solver] = Registry("solver", Solver)
 register, get = SOLVERS.register, SOLVERS.find
 
-for _name, _tableau, _adaptive in (
+# dopri5's exponents are those of Hairer's DOPRI5, which OrdinaryDiffEq.jl keeps for it.
+for _name, _tableau, _adaptive, *_exponents in (
     ("euler", tableaus.EULER, False),
     ("midpoint", tableaus.MIDPOINT, False),
     ("heun", tableaus.HEUN, False),
     ("ralston", tableaus.RALSTON, False),
     ("rk4", tableaus.RK4, False),
     ("bs3", tableaus.BS3, True),
-    ("dopri5", tableaus.DOPRI5, True),
+    ("dopri5", tableaus.DOPRI5, True, (0.17, 0.04)),
     ("tsit5", tableaus.TSIT5, True),
     ("dopri8", tableaus.DOPRI8, True),
 ):
-    register(RungeKutta(_name, _tableau, _adaptive))
+    register(RungeKutta(_name, _tableau, _adaptive, *_exponents))

@@ -56,6 +56,8 @@ class Solver(abc.ABC):
         fsal: whether a step computes the slope at its end anyway (first same as last).
         calls_per_step: evaluations of f in one attempt that is given the slope at its start if `fsal`, and isn't
             otherwise.
+        exponents: (beta1, beta2) that step-size control should use with this method, where the literature has tuned
+            them; None for the general rule.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Solver(abc.ABC):
     stability_size: float | None
     fsal: bool
     calls_per_step: int
+    exponents: tuple[float, float] | None = None
 
     @abc.abstractmethod
     def memory(self, z: Tensor, taped: bool) -> Any:

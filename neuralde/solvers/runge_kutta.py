@@ -233,12 +233,13 @@ class RungeKutta(Solver):
         name: what `solve(solver=...)` calls it.
         tableau: its coefficients.
         adaptive: whether its error estimate chooses the steps by default.
+        exponents: (beta1, beta2) for step-size control, or None for the general rule.
     """
 
-    def __init__(self, name: str, tableau: Tableau, adaptive: bool):
+    def __init__(self, name: str, tableau: Tableau, adaptive: bool, exponents: tuple[float, float] | None = None):
         if adaptive and tableau.error is None:
             raise ValueError(f"solver {name!r} can't be adaptive: its tableau has no error estimate")
-        self.name, self.tableau, self.adaptive = name, tableau, adaptive
+        self.name, self.tableau, self.adaptive, self.exponents = name, tableau, adaptive, exponents
         self.order, self.error_order = tableau.order, tableau.error_order
         self.interpolant_order = min(tableau.order, tableau.interpolant_order)
         self.reports_stiffness = tableau.pair is not None
