@@ -1,4 +1,4 @@
-"""Penalties made of the solver's heuristics: their values, their gradients, where they may be taken, and that they work."""
+"""Penalties made of the solver's heuristics: values, gradients, where they may be taken, and that they work."""
 
 from __future__ import annotations
 
@@ -194,6 +194,17 @@ def test_a_failed_sample_does_not_spoil_the_penalty(penalty, adjoint, failing):
     for _ in range(4):  # a local one draws other times
         value = watched(solution)
         assert value.isfinite() and torch.autograd.grad(value, w, retain_graph=True)[0].isfinite()
+
+
+@EVERY
+@ADJOINT
+def test_a_batch_in_which_every_sample_fails_has_no_penalty(penalty, adjoint):
+    w = torch.tensor(1.0, requires_grad=True)
+    f = nde.ODE(lambda t, z: torch.sqrt(w * z))
+    solution = nde.solve(f, -torch.ones(3, 1), (0.0, 1.0), on_failure="ignore", adjoint=adjoint)
+    variants = [{}, {"sampling": "biased"}] if penalty in LOCAL else [{"reduce": r} for r in ("sum", "mean", "max")]
+    for given in variants:
+        assert seeded(penalty, **given)(solution) == 0.0
 
 
 def test_bad_options():
@@ -469,7 +480,7 @@ def test_step_sizes_are_constants_to_the_gradient(control, adjoint):
 @pytest.mark.parametrize("cls", [ErrorAt, StiffnessAt])
 @pytest.mark.parametrize("given", [{}, {"other": True}])
 def test_local_gradients(control, adjoint, through_state, cls, given):
-    """The step size is a constant, and so is the state unless `through_state`, when it is the solution's on its grid."""
+    """The step size is a constant, and so is the state unless `through_state`: then it is the solution's."""
     f, z0, times = net(gain=1.0), start().requires_grad_(), times_for(control)
     given = {} if not given else {"scaled": False} if cls is ErrorAt else {"relative": True}
     penalty = looking_at(cls, times, through_state=through_state, **given)
