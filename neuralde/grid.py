@@ -49,7 +49,7 @@ class Grid:
     def __init__(self, records: list[Record], batch: int, joint: bool, like: Tensor, times: Tensor):
         self.batch, self.joint = batch, joint
         self.groups = 1 if joint else batch
-        device = like.device
+        self._time_dtype, device = times.dtype, like.device
         self._whole = all(r.rows is None and r.accepted is None for r in records)
         if self._whole:
             self._masks = self._order = None
@@ -131,6 +131,8 @@ class Grid:
 
     def padded(self, name: str, fill: float = 0.0) -> Tensor:
         """`t`, `dt` or `t_end` as [steps, groups]; under joint control one column."""
+        if not len(self):
+            return self.counts.new_zeros(0, self.groups, dtype=self._time_dtype)
         flat = torch.cat(getattr(self, name))
         return flat.view(len(self), self.groups) if self._whole else self.pad(flat, fill)
 

@@ -141,12 +141,22 @@ def probe_solution(
         solver: another method than the solution's.
 
     Returns:
-        A `Probe`.
+        A `Probe`. Where a sample failed, it is that of one that did not.
+
+    Raises:
+        ValueError: every sample failed.
     """
     problem = solution._problem
     t = problem._groups(t.detach().to(problem.times))
     with torch.set_grad_enabled(torch.is_grad_enabled() and through_state):
         z = solution._at(t)
+    failed = ~problem._groups(solution.converged)
+    if bool(failed.any()):
+        # A sample that succeeded stands in: a failed one has no state at t, or none that f can be trusted with.
+        if bool(failed.all()):
+            raise ValueError("every sample of the solution failed, so there is no point to probe from")
+        row = (~failed).nonzero().flatten()[:1]
+        t, z = torch.where(failed, t[row], t), torch.where(failed[:, None], z.detach()[row], z)
     problem = dataclasses.replace(
         problem,
         solver=problem.solver if solver is None else solvers.get(solver),

@@ -41,7 +41,7 @@ def plot_solution(solution: Solution, sample: int = 0, axes=None):
     t, dt = column(steps.t), column(steps.dt)
     panels = (
         (abs(dt), "step size |dt|", True),
-        (column(steps.error), "error / tolerance", False),
+        (column(steps.error), "error / tolerance", True),
         (column(steps.stiffness), "stiffness, about |λ|", False),
     )
     for axis, (values, label, log) in zip(axes, panels, strict=True):
@@ -50,8 +50,8 @@ def plot_solution(solution: Solution, sample: int = 0, axes=None):
         if values is None:
             axis.text(0.5, 0.5, f"{solution.solver.name} has no such estimate", transform=axis.transAxes, ha="center")
             continue
-        axis.plot(t, values, marker=".", drawstyle="steps-post" if log else "default")
-        if log:
+        axis.plot(t, values, marker=".", drawstyle="steps-post" if values is panels[0][0] else "default")
+        if log and (values > 0).all():
             axis.set_yscale("log")
     if solution.steps.error is not None:
         axes[1].axhline(1.0, linestyle="--", linewidth=0.8, color="grey")

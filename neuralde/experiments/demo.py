@@ -195,9 +195,8 @@ def show(result: Result) -> None:
 
     rows = result.rows()
     table = Table(title=f"Neural ODE on scanned digits: mean ± spread over {result.config.seeds} seeds")
-    table.caption = (
-        f"accuracy, NFE and prediction on the {len(result.trials['vanilla'][0].solution.status)} test digits"
-    )
+    tested = len(result.trials["vanilla"][0].solution.status)
+    table.caption = f"accuracy, NFE and prediction on the {tested} test digits"
     table.add_column("model", no_wrap=True)
     for heading, _, _ in COLUMNS.values():
         table.add_column(heading, justify="right")
@@ -237,7 +236,7 @@ def draw(result: Result, path: pathlib.Path) -> None:
             axis.fill_between(epochs, runs.amin(0), runs.amax(0), color=f"C{i}", alpha=0.15, linewidth=0)
         axis.grid(alpha=0.3)
     top.set_ylabel("mean NFE on the test digits")
-    top.legend(fontsize="small")
+    bottom.legend(fontsize="small", loc="lower right")
     bottom.set_ylabel("test accuracy (%)")
     bottom.set_xlabel("epoch")
     left.suptitle("over training (band: range over seeds)")
