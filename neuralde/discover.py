@@ -64,24 +64,31 @@ class _Lane:
         return x if self.direction is None else x * self.direction
 
     def fail(self, which: Tensor, figures: Tensor | None, h: Tensor):
-        """Ends samples where they are.
+        """Ends samples where they are: they have no horizon left, so that their steps are zero.
 
-        A live sample stands in for each of them from here on, with no horizon left, so that its steps are zero: f is
-        called for them as long as they are in the batch, and where that is recorded, zero cotangents times what f
-        does at a state that it can't handle would make NaN of the parameters' gradients.
+        f is called for them as long as they are in the batch.
         """
         attempt = h[None] if figures is None else torch.cat([h[None], figures])
         attempt = torch.cat([attempt, attempt.new_full((4 - len(attempt), len(h)), float("nan"))])
         self.last = torch.where(which, attempt, self.last)
         self.failed_at = torch.where(which, self.s, self.failed_at)
         self.live = self.live & ~which
-        row = self.live.nonzero().flatten()[:1]
-        if len(row):
-            self.s1 = torch.where(which, self.s[row], self.s1)
-            self.s = torch.where(which, self.s[row], self.s)
-            self.z = torch.where(which[:, None], self.z.detach()[row], self.z)
-            if self.slope is not None:
-                self.slope = torch.where(which[:, None], self.slope.detach()[row], self.slope)
+        self.s1 = torch.where(which, self.s, self.s1)
+        if bool(self.live.any()):
+            self.z, self.slope = self.safe(~which)
+
+    def safe(self, ok: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z and slope, with those of an ok sample where a sample is not ok and f is not known to be finite.
+
+        Where a call of f is recorded, zero cotangents times what f does at a state that it can't handle would make
+        NaN of the parameters' gradients. A state whose slope is finite is safe; others borrow one.
+        """
+        if self.slope is not None:
+            ok = ok | torch.isfinite(self.slope.detach()).all(dim=1)
+        row = ok.nonzero().flatten()[:1]
+        if len(ok) != len(self.z) or not len(row):  # one group for the batch: it fails as a whole
+            return self.z, self.slope
+        return tuple(None if x is None else torch.where(ok[:, None], x, x.detach()[row]) for x in (self.z, self.slope))
 
 
 def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -> Trajectory:
@@ -253,18 +260,13 @@ class _Discovery:
         lane.fail(hopeless, figures, h)
 
     def _without_rejected(self, lane: _Lane, t: Tensor, dt: Tensor, ok: Tensor, step):
-        """On a tape, an attempt that overflowed for some samples, made again with an accepted sample in their place.
-
-        Their zero cotangents times the infinite derivatives that the tape would hold make NaN, also in the gradient
-        of the parameters.
-        """
+        """On a tape, an attempt that overflowed for some samples, made again with these standing still."""
         with torch.no_grad():
             rest = [x[~ok] for x in (step.z, step.error, step.slope_end) if x is not None]
             if all(bool(torch.isfinite(x).all()) for x in rest):
                 return step
-        row = ok.nonzero().flatten()[:1]
-        z, slope = (None if x is None else torch.where(ok[:, None], x, x.detach()[row]) for x in (lane.z, lane.slope))
-        t, dt = torch.where(ok, t, t[row]), torch.where(ok, dt, 0.0)
+        z, slope = lane.safe(ok)
+        dt = torch.where(ok, dt, 0.0)
         return self.solver.step(self.f, t, dt, z, slope, self.memory, close=self.close)
 
     def _record(self, lane: _Lane, t, dt, s_end, ok, everyone, step, figures):
@@ -311,8 +313,13 @@ class _Discovery:
         lane.fail(bad, None, lane.h)
         unfinished = int(lane.live.sum())
         if unfinished:
+            # Their slopes must not stay on a tape: f is evaluated again, without them if it can be.
+            if self.control.per_sample and self.problem.field.can_shrink():
+                self._compact(lane)
+                lane = self.lane
             t = lane.signed(lane.s)
-            self.problem.field.fill(t, lane.z)
+            if lane.rows is None:
+                self.problem.field.fill(t, lane.z)
             lane.slope = self.f(self.f.times(t)[0], lane.z)
         return unfinished
 

@@ -141,7 +141,7 @@ def probe_solution(
         solver: another method than the solution's.
 
     Returns:
-        A `Probe`. Where a sample failed, it is that of one that did not.
+        A `Probe`. That of a failed sample is made from where it started.
 
     Raises:
         ValueError: every sample failed.
@@ -152,11 +152,14 @@ def probe_solution(
         z = solution._at(t)
     failed = ~problem._groups(solution.converged)
     if bool(failed.any()):
-        # A sample that succeeded stands in: a failed one has no state at t, or none that f can be trusted with.
         if bool(failed.all()):
             raise ValueError("every sample of the solution failed, so there is no point to probe from")
-        row = (~failed).nonzero().flatten()[:1]
-        t, z = torch.where(failed, t[row], t), torch.where(failed[:, None], z.detach()[row], z)
+        # A failed sample may have no state at t: it is probed where it started, and one that failed at once stands
+        # at the start of one that didn't.
+        t = torch.where(failed, problem.start, t)
+        stuck = solution._outcome.trajectory.grid.counts == 0
+        start = torch.where(stuck[:, None], solution._z0[(~failed).nonzero().flatten()[:1]], solution._z0).detach()
+        z = torch.where(failed[:, None], start, z)
     problem = dataclasses.replace(
         problem,
         solver=problem.solver if solver is None else solvers.get(solver),

@@ -223,8 +223,9 @@ class Solution:
         p, trajectory = self._problem, self._outcome.trajectory
         grid, direction = trajectory.grid, p.span.sign()
         everyone = times.shape[1] == 1 and p.joint
-        if not len(grid):
-            return self._z0.new_full((len(times), *self._z0.shape), float("nan"))
+        reached = times * direction <= trajectory.reached * direction + 1e-6 * p.span.abs()
+        if not len(grid):  # every sample failed at once: all that is known is where they started
+            return torch.where(reached[..., None], self._z0, float("nan"))
         step, theta = grid.locate(times, direction)
         states = self._outcome.states()
         kept = p.keep_stages and not (torch.is_grad_enabled() and (states.requires_grad or times.requires_grad))
@@ -260,7 +261,6 @@ class Solution:
         values = torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
         # A sample that failed at once has no step; all that is known of it is where it started.
         values = torch.where((grid.counts > 0)[:, None], values, self._z0)
-        reached = times * direction <= trajectory.reached * direction + 1e-6 * p.span.abs()
         return torch.where(reached[..., None], values, float("nan"))
 
     def _stages(self, step: Tensor, states: Tensor, kept: bool) -> Tensor:

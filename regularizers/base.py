@@ -46,7 +46,7 @@ class Regularizer(nn.Module, abc.ABC):
         self.steps += 1
 
     def forward(self, source: Solution | nn.Module) -> Tensor:
-        """Weight · the mean figure, a scalar.
+        """Weight · the mean figure of the samples that did not fail, a scalar; 0 where all failed.
 
         Args:
             source: a `Solution`, a neuralde layer that was called, or a model with such layers inside: their
@@ -55,7 +55,15 @@ class Regularizer(nn.Module, abc.ABC):
         Raises:
             TypeError: none of these. ValueError: no layer in it holds a solution.
         """
-        return self.weight * sum(self.figure(solution).mean() for solution in solutions(source))
+        return self.weight * sum(self._mean(solution) for solution in solutions(source))
+
+    def _mean(self, solution: Solution) -> Tensor:
+        converged = solution.converged
+        if bool(converged.all()):
+            return self.figure(solution).mean()
+        if not bool(converged.any()):
+            return torch.zeros((), dtype=solution.ts.dtype, device=solution.ts.device)
+        return self.figure(solution)[converged].mean()
 
     def extra_repr(self) -> str:
         """The weight as it is now."""

@@ -1,4 +1,4 @@
-"""Lists of everything that is registered, so that a new solver or adjoint is tested by being registered; small tools."""
+"""Lists of what is registered, so that a new solver or adjoint is tested by being registered; and small tools."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import ADAPTIVE, ADJOINTS, CONTROLS, FIXED, SOLVERS, WITH_ERROR, WITH_STIFFNESS, close, options
@@ -461,12 +462,18 @@ def test_gradients_of_the_good_samples_do_not_notice_the_others(case, adjoint, l
     assert (z0[list(case.failing)] == 0).all()
 
 
-@CASE
+# Fixed steps do not notice a discontinuity.
+@pytest.mark.parametrize(
+    ("case", "solver"),
+    [
+        pytest.param(case, solver, id=f"{name}-{solver}")
+        for name, case in CASES.items()
+        for solver in [*FIXED, "bs3", "dopri8"]
+        if name != "discontinuity" or solver in ADAPTIVE
+    ],
+)
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize("solver", [*FIXED, "bs3", "dopri8"])
 def test_gradients_of_the_good_samples_with_other_solvers(case, adjoint, solver):
-    if case is CASES["discontinuity"] and solver in FIXED:
-        pytest.skip("fixed steps do not notice a discontinuity")
     how = options(solver, 0.06)
     loss = LOSSES["final"]
     z0, w = gradients(case, None, adjoint, loss, how)
@@ -496,6 +503,75 @@ def test_gradients_where_f_holds_a_tensor_of_the_whole_batch(name, adjoint):
     torch.testing.assert_close(final[case.good], alone, rtol=1e-11, atol=1e-12)
     close(z0[case.good], alone_z0, 1e-9)
     close(w, alone_w, 1e-9)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+# (Where f holds the whole batch's tensors itself, it can't be called without a sample that is NaN from the start.)
+@pytest.mark.parametrize(("given", "end"), [("args", -0.1), ("args", 0.4), ("closed over", 0.4)])
+@pytest.mark.parametrize("solver", ["tsit5", "rk4"])
+def test_gradients_where_the_samples_own_tensors_say_how_far_f_goes(adjoint, given, solver, end):
+    """A failed sample can be evaluated at no other sample's time or state: with its own c, √(c - t) is NaN there."""
+    until = torch.tensor([[2.0], [end], [1.5]], dtype=torch.float64)
+
+    def run(rows):
+        w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        z0 = torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64)[rows].requires_grad_()
+        held = until[rows]
+
+        def f(t, z, c=held):
+            return torch.sqrt(c - t) * w * z
+
+        args = held if given == "args" else None
+        how = {"adjoint": adjoint, "args": args, "on_failure": "ignore", **options(solver, 0.06)}
+        solution = nde.solve(nde.ODE(f), z0, (0.0, 1.0), **how)
+        out = torch.stack([solution.final, solution(0.3)])[:, solution.converged]
+        return out, torch.autograd.grad((out**2).sum(), [z0, w])
+
+    out, (z0, w) = run([0, 1, 2])
+    alone, (alone_z0, alone_w) = run([0, 2])
+    torch.testing.assert_close(out, alone, rtol=1e-11, atol=1e-12)
+    close(z0[[0, 2]], alone_z0, 1e-9)
+    close(w, alone_w, 1e-9)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_gradients_where_the_samples_go_in_different_directions(adjoint):
+    """Nor at another's time run backwards: √t is NaN at -t."""
+    w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    z0 = torch.tensor([[1.0], [-1.0]], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([[0.5, 2.0], [2.0, 0.5]], dtype=torch.float64)
+    f = nde.ODE(lambda t, z: w * torch.sqrt(t) * torch.sqrt(z))
+    final = nde.solve(f, z0, t, adjoint=adjoint, on_failure="ignore").final[0]
+    mine = torch.autograd.grad(final.sum(), [z0, w])
+    alone = nde.solve(f, z0[:1], t[:1], adjoint=adjoint).final[0]
+    expected = torch.autograd.grad(alone.sum(), [z0, w])
+    for a, b in zip(mine, expected, strict=True):
+        close(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("solver", ["tsit5", "rk4"])
+def test_when_nobody_makes_a_step(adjoint, control, dense, solver):
+    """Everything can still be asked for, and is empty, zero or NaN."""
+    w = torch.tensor(1.0, requires_grad=True)
+    z0 = -torch.ones(3, 2)
+    how = {"adjoint": adjoint, "control": control, "dense": dense, **options(solver)}
+    solution = nde.solve(nde.ODE(lambda t, z: w * torch.sqrt(z)), z0, (0.0, 0.5, 1.0), on_failure="ignore", **how)
+    steps = solution.steps
+    assert len(steps) == 0
+    assert steps.t.shape == steps.dt.shape == steps.mask.shape == steps.stiffness.shape == (0, 3)
+    assert steps.z.shape == (0, 3, 2)
+    assert torch.equal(solution.stiffness, torch.zeros(3))
+    if solver == "tsit5":
+        assert steps.error.shape == (0, 3) and torch.equal(solution.error, torch.zeros(3))
+    assert torch.equal(solution(0.0), z0) and solution(0.7).isnan().all()
+    assert torch.equal(solution.zs[0], z0) and solution.zs[1:].isnan().all()
+    assert "3 of 3 samples failed" in repr(solution)
+    axes = solution.plot(sample=1)
+    assert "0 steps" in axes[0].get_title()
+    plt.close(axes[0].figure)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)

@@ -282,7 +282,7 @@ def test_exchanging_f_for_one_that_mixes_samples():
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_inside_a_network(control, adjoint):
-    """Encoder, two of them in a row (one of a shared f), and a head: gradients reach everything, by finite differences."""
+    """Encoder, two layers that share their f, and a head: gradients reach everything, by finite differences."""
     f = net(dtype=torch.float64)
     how = {"control": control, "adjoint": adjoint, "rtol": 1e-9, "atol": 1e-10}
     model = nn.Sequential(

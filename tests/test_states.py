@@ -413,11 +413,8 @@ def test_ways_to_say_a_horizon(t, control):
     solution = nde.solve(nde.ODE(swing), z0, t, control=control)
     expected = nde.solve(nde.ODE(swing), z0, (0.0, 2.0), control=control)
     assert torch.equal(solution.final, expected.final)
-    each = (
-        isinstance(t, torch.Tensor)
-        and t.dim() == 2
-        or isinstance(t, tuple)
-        and any(isinstance(x, torch.Tensor) and x.dim() for x in t)
+    each = (isinstance(t, torch.Tensor) and t.dim() == 2) or (
+        isinstance(t, tuple) and any(isinstance(x, torch.Tensor) and x.dim() for x in t)
     )
     assert solution.ts.shape == ((2, 3) if each else (2,))
     assert solution.ts.dtype == torch.float64

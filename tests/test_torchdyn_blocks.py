@@ -1,4 +1,4 @@
-"""torchdyn's building blocks, unchanged, as vector fields: for each the result and gradients of torchdiffeq's solver."""
+"""torchdyn's building blocks, unchanged, as vector fields: each has the result and gradients of torchdiffeq."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def as_torchdyn_does(net):
-    """What torchdyn.core.NeuralODE makes of a net that takes the state alone: t is set on every module that wants it."""
+    """What torchdyn.core.NeuralODE makes of a net that takes the state alone: every module that wants t is given it."""
     from torchdyn.core.defunc import DEFunc, DEFuncBase
 
     return DEFunc(DEFuncBase(net, has_time_arg=False))
@@ -24,8 +24,8 @@ def as_torchdyn_does(net):
 def reference(f, z0, t=(0.0, 1.0)):
     """The final state, by torchdiffeq, with one t for the whole batch, in 100 steps of fourth order.
 
-    Their steps are fixed, for torchdiffeq's automatic ones are on its tape: gradients go through dt, and are wrong where
-    a block cuts the gradient of t.
+    Their steps are fixed, for torchdiffeq's automatic ones are on its tape: gradients go through dt, and are wrong
+    where a block cuts the gradient of t.
     """
     from torchdiffeq import odeint
 
