@@ -212,7 +212,7 @@ class _Part:
     """
 
     def __init__(self, field: Field, rows: Tensor, padded: bool):
-        self.field, self.rows, self.padded = field, rows, padded
+        self.field, self.rows, self.padded, self.layout = field, rows, padded, field.layout
         self.args = field.args if padded else field._args_of(rows)
 
     def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:

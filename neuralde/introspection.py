@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from . import control as _control
@@ -141,7 +142,7 @@ def probe_solution(
         solver: another method than the solution's.
 
     Returns:
-        A `Probe`. That of a failed sample is made from where it started.
+        A `Probe`, NaN where a sample failed.
 
     Raises:
         ValueError: every sample failed.
@@ -150,43 +151,44 @@ def probe_solution(
     t = problem._groups(t.detach().to(problem.times))
     with torch.set_grad_enabled(torch.is_grad_enabled() and through_state):
         z = solution._at(t)
-    failed = ~problem._groups(solution.converged)
-    if bool(failed.any()):
-        if bool(failed.all()):
-            raise ValueError("every sample of the solution failed, so there is no point to probe from")
-        # A failed sample may have no state at t: it is probed where it started, and one that failed at once stands
-        # at the start of one that didn't.
-        t = torch.where(failed, problem.start, t)
-        stuck = solution._outcome.trajectory.grid.counts == 0
-        start = torch.where(stuck[:, None], solution._z0[(~failed).nonzero().flatten()[:1]], solution._z0).detach()
-        z = torch.where(failed[:, None], start, z)
     problem = dataclasses.replace(
         problem,
         solver=problem.solver if solver is None else solvers.get(solver),
         times=torch.stack([t.expand(problem.times.shape[1]), problem.times[-1]]),
     )
-    return _look(problem, t, z, problem.field(problem.field.times(t)[0], z), None)
+    if bool(solution.converged.all()):
+        return _look(problem, t, z, problem.field(problem.field.times(t)[0], z), None)
+    if not bool(solution.converged.any()):
+        raise ValueError("every sample of the solution failed, so there is no point to probe from")
+    # Failed samples are left out: f may be unable to handle them anywhere.
+    rows = solution.converged.nonzero().flatten()
+    f, t, z = problem.field.on(rows), t[rows], z[rows]
+    part = dataclasses.replace(problem, field=f, times=problem.times[:, rows])
+    found = _look(part, t, z, f(f.times(t)[0], z), None)
+
+    def spread(x):
+        return x.new_full((len(solution.status), *x.shape[1:]), float("nan")).index_copy(0, rows, x)
+
+    values = {name: x for name, x in vars(found).items() if name != "solver"}
+    return Probe(solver=found.solver, **pytree.tree_map_only(Tensor, spread, values))
 
 
 def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
-    with full_precision(z.device):
-        return _looked(problem, t, z, slope, dt)
-
-
-def _looked(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
+    """The step from (t, z), where f is slope. All [samples] or [1] under joint control."""
     p, solver, batch = problem, problem.solver, len(z)
-    if dt is None:
-        with torch.no_grad():
-            dt = _control.initial_step(
-                p.field, t, z.detach(), slope.detach(), p.span, solver.order, p.rtol, p.atol, p.joint
-            )
-    step = solver.step(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
-    error = raw = stiffness = None
-    if step.error is not None:
-        error = p.ratio(step.error, z, step.z).expand(batch)
-        raw = _control.rms(step.error, p.joint).expand(batch)
-    if step.pair is not None:
-        stiffness = p.stiffness(step.pair, dt).expand(batch)
+    with full_precision(z.device):
+        if dt is None:
+            with torch.no_grad():
+                dt = _control.initial_step(
+                    p.field, t, z.detach(), slope.detach(), p.span, solver.order, p.rtol, p.atol, p.joint
+                )
+        step = solver.step(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
+        error = raw = stiffness = None
+        if step.error is not None:
+            error = p.ratio(step.error, z, step.z).expand(batch)
+            raw = _control.rms(step.error, p.joint).expand(batch)
+        if step.pair is not None:
+            stiffness = p.stiffness(step.pair, dt).expand(batch)
     return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)
 
 

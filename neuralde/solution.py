@@ -274,9 +274,16 @@ class Solution:
         group = rows[:1] if shared else rows
         t, dt = (grid.padded(name)[step.expand(len(group)), group] for name in ("t", "dt"))
         z = states.index_select(0, index)
+        # A sample that failed at once has no step to be made again, and f may be unable to handle it.
+        able = grid.counts > 0
+        rows = None if bool(able.all()) else able.nonzero().flatten()
+        if rows is not None:
+            t, dt, z = t[rows], dt[rows], z[rows]
         memory = p.solver.memory(z, taped=torch.is_grad_enabled())
-        made = p.solver.step(p.field, t, dt, z, None, memory, close=True)
-        return p.solver.snapshot(made.stages)
+        made = p.solver.snapshot(p.solver.step(p.field.on(rows), t, dt, z, None, memory, close=True).stages)
+        if rows is None:
+            return made
+        return made.new_zeros(len(made), grid.batch, made.shape[2]).index_copy(1, rows, made)
 
     @functools.cached_property
     def _kept(self) -> Tensor:

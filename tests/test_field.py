@@ -617,3 +617,129 @@ def test_z0_is_left_alone():
     before = z0.clone()
     nde.solve(nde.ODE(lambda t, z: z * 1.5), z0, (0.0, 1.0), rtol=1e-6)
     assert torch.equal(z0, before)
+
+
+# -- what f depends on, between the solve and its backward pass ------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_tensor_that_comes_to_f_in_more_ways_than_one(adjoint, leaf):
+    """As an argument, twice, as a closed-over tensor and on the way to z0: dz/dt = -3vz from v."""
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    v = w if leaf else 2 * w
+    f = nde.ODE(lambda t, z, args: -args[0] * z - args[1] * z - v * z)
+    z0 = torch.ones(2, 1, dtype=torch.float64) * v
+    final = nde.solve(f, z0, (0.0, 1.0), args=(v, v), adjoint=adjoint, rtol=1e-9, atol=1e-11).final
+    value = v.detach()
+    torch.testing.assert_close(final.detach(), (value * torch.exp(-3 * value)).expand(2, 1), rtol=1e-7, atol=0)
+    gradient = torch.autograd.grad(final.sum(), w)[0]
+    expected = 2 * (1 - 3 * value) * torch.exp(-3 * value) * (1 if leaf else 2)
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=0)
+
+
+class Late(nn.Module):
+    """Holds tensors that are no parameters, and uses them in the second half of the horizon only."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held, self.inner = held, nn.Identity()
+        self.inner.more = [held]
+
+    def forward(self, t, z):
+        return -z if t < 0.5 else -self.held * z - self.inner.more[0] * z
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: lambda t, z: m(t, z), lambda m: m.forward])
+def test_tensors_that_f_uses_late(adjoint, wrap):
+    """z(1) = z0 exp(-1/2 - v)."""
+    v = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    f = nde.ODE(wrap(Late(v)))
+    z0 = normal(2, 1)
+    final = nde.solve(f, z0, (0.0, 1.0), control="joint", adjoint=adjoint, solver="rk4", dt0=0.125).final
+    gradient = torch.autograd.grad(final.sum(), v)[0]
+    # The step that ends where v sets in has its last stage there: an error of order dt.
+    torch.testing.assert_close(gradient, -final.sum().detach(), rtol=0.1, atol=0)
+
+
+def right_or_refused(run, reference):
+    """The gradient is that of the f which was solved; or an error says that it can't be had. Never another one."""
+    try:
+        gradients = run()
+    except nde.NeuralDEError as error:
+        assert "backward" in str(error) and "direct" in str(error)
+        return
+    for mine, expected in zip(gradients, reference, strict=True):
+        assert mine is not None
+        close(mine, expected, 1e-10)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_f_is_given_another_input_before_the_backward_pass(adjoint):
+    """Two solves, then one backward pass through both: torchdyn's DataControl, or a closed-over variable."""
+    net = nn.Linear(4, 2).double()
+    inputs = [normal(3, 2, seed=seed) for seed in (1, 2)]
+    z0 = normal(3, 2)
+    held = None
+
+    def f(t, z):
+        return torch.tanh(net(torch.cat([z, held], 1)))
+
+    def total(one_by_one):
+        nonlocal held
+        gradients, loss = [], 0.0
+        for held in inputs:
+            term = (nde.solve(nde.ODE(f), z0, (0.0, 1.0), adjoint=adjoint).final ** 2).sum()
+            if one_by_one:
+                gradients.append(torch.autograd.grad(term, list(net.parameters())))
+            loss = loss + term
+        if one_by_one:
+            return [sum(parts) for parts in zip(*gradients, strict=True)]
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    right_or_refused(lambda: total(False), total(True))
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_functional_call(adjoint):
+    """Parameters lent to a module for one forward pass, as meta-learning does."""
+    layer = nde.NeuralODE(linear_net(), adjoint=adjoint)
+    z0 = normal(3, 2)
+    lent = {name: (p.detach() * 1.5).requires_grad_() for name, p in layer.named_parameters()}
+    own = nde.NeuralODE(linear_net(), adjoint=adjoint)
+    own.load_state_dict(lent)
+    expected = torch.autograd.grad((own(z0) ** 2).sum(), list(own.parameters()))
+
+    def run():
+        out = torch.func.functional_call(layer, lent, (z0,))
+        assert torch.equal(out, own(z0))
+        return torch.autograd.grad((out**2).sum(), list(lent.values()), allow_unused=True)
+
+    right_or_refused(run, expected)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_f_changes_mode_before_the_backward_pass(adjoint):
+    net = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.5), nn.Linear(16, 2)).double()
+    z0 = normal(3, 2)
+
+    def run(evaluate):
+        torch.manual_seed(3)
+        net.train()
+        out = nde.solve(nde.ODE(net), z0, (0.0, 1.0), adjoint=adjoint).final
+        net.train(not evaluate)
+        return torch.autograd.grad((out**2).sum(), list(net.parameters()))
+
+    right_or_refused(lambda: run(True), run(False))
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_parameters_that_were_stepped_before_the_backward_pass(adjoint):
+    """PyTorch's own error: a tensor needed for the gradient was changed in place."""
+    net = linear_net()
+    out = nde.solve(nde.ODE(net), normal(3, 2), (0.0, 1.0), adjoint=adjoint).final
+    with torch.no_grad():
+        net[0].weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -122,6 +123,20 @@ def test_state_dict_round_trip(penalty):
     again = copy.deepcopy(first)
     again.step()
     assert again.weight == pytest.approx(0.2) and first.weight == pytest.approx(0.3)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "weight", [0.3, reg.constant(0.3), *(f(1.0, 0.1, 10) for f in (reg.exponential, reg.linear, reg.cosine))]
+)
+def test_penalties_can_be_pickled(penalty, weight):
+    """With a model that is saved whole, or sent to the processes of a data-parallel run."""
+    first = penalty(weight=weight)
+    first.step()
+    again = pickle.loads(pickle.dumps(first))
+    assert again.weight == first.weight and repr(again) == repr(first)
+    again.step()
+    assert int(again.steps) == 2 and int(first.steps) == 1
 
 
 # -- sources -------------------------------------------------------------------------------------------------------

@@ -337,6 +337,21 @@ def test_gradients_between_the_steps(adjoint, control, dense):
     torch.testing.assert_close(slope, expected.detach(), rtol=1e-6, atol=1e-7)
 
 
+@CONTROL
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_solution_is_its_own(control, dense):
+    """What the caller does to z0 and t afterwards does not reach it."""
+    z0, t = start(), torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    solution = solve(t, z0=z0, control=control, dense=dense)
+    before = solution(0.01), solution.steps.z.clone(), solution.zs.clone(), solution.ts.clone()
+    again = solve(t, z0=z0, control=control, dense=dense)  # of which nothing was asked yet
+    z0.mul_(3.0)
+    t.mul_(3.0)
+    for source in (solution, again):
+        for mine, expected in zip((source(0.01), source.steps.z, source.zs, source.ts), before, strict=True):
+            assert torch.equal(mine, expected)
+
+
 # -- replay ----------------------------------------------------------------------------------------------------------
 
 
