@@ -19,8 +19,8 @@ class ODE:
         f: a function or `nn.Module`, called as `f(t, z)`, or `f(t, z, args)` when the solve is given `args`. A callable
             that takes one positional argument, such as an `nn.Sequential`, is the autonomous f(z).
             z has the structure and shape of the initial state; t has shape [batch, 1, ..., 1] under per-sample
-            control and no dimensions under joint control, so that it broadcasts to z either way. f returns dz/dt with
-            the structure, shape, dtype and device of z.
+            control and no dimensions under joint control, so that it broadcasts to z either way (of a tuple or dict,
+            to its first tensor). f returns dz/dt with the structure, shape, dtype and device of z.
 
     Raises:
         TypeError: f is not callable.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
+import operator
 
 from .solution import Solution
 
@@ -22,8 +22,10 @@ def plot_solution(solution: Solution, sample: int = 0, axes=None):
         ValueError: no such sample, or not three axes.
     """
     batch = len(solution.status)
-    if not isinstance(sample, numbers.Integral):
-        raise TypeError(f"sample must be an integer, got {type(sample).__name__}")
+    try:
+        sample = operator.index(sample)
+    except TypeError:
+        raise TypeError(f"sample must be an integer, got {type(sample).__name__}") from None
     if not 0 <= sample < batch:
         raise ValueError(f"sample must be from 0 to {batch - 1}, got {sample}")
     if axes is None:

@@ -144,6 +144,7 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
     if isinstance(t, Tensor):
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t must hold real times, got {t.dtype}")
+        t = t.clone()  # the solution's own
     elif isinstance(t, tuple | list):
         if not all(isinstance(x, numbers.Real | Tensor) for x in t):
             raise TypeError(f"t must hold numbers or tensors, got {', '.join(type(x).__name__ for x in t)}")

@@ -94,7 +94,8 @@ class Layout:
             ValueError: it holds NaN or infinity; the message names the samples.
         """
         flat = self.pack(z0)
-        flat = flat if flat.dtype == self.work_dtype else flat.to(self.work_dtype)
+        # A copy: what the caller does to z0 afterwards must not reach the grid.
+        flat = flat.clone() if flat.dtype == self.work_dtype else flat.to(self.work_dtype)
         if not bool(torch.isfinite(flat.detach()).all()):
             bad = (~torch.isfinite(flat.detach()).all(dim=1)).nonzero().flatten().tolist()
             few = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")

@@ -4,51 +4,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Schedule = Callable[[int], float]
 
 
-def constant(value: float) -> Schedule:
+@dataclass(frozen=True)
+class constant:  # noqa: N801  (called like a function; a class, so that penalties can be pickled)
     """value, always."""
-    _finite(value=value)
-    return lambda step: value
+
+    value: float
+
+    def __post_init__(self):
+        _finite(value=self.value)
+
+    def __call__(self, step: int) -> float:
+        """The weight after that many steps."""
+        return self.value
 
 
-def exponential(start: float, end: float, steps: int) -> Schedule:
-    """Start · (end/start)^(step/steps), then end.
+@dataclass(frozen=True)
+class _Ramp:
+    """From start to end over the given number of calls of `step()`, then end."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self):
+        _finite(start=self.start, end=self.end)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def _part(self, step: int) -> float:
+        return min(step, self.steps) / self.steps
+
+
+class exponential(_Ramp):  # noqa: N801
+    """start · (end/start)^(step/steps), then end.
 
     Args:
         start, end: positive weights. steps: how many calls of `step()` it takes.
 
     Source: thesis sections 5.2 and 6.3; the papers' code anneals a global penalty per epoch, a local one per step.
     """
-    _finite(start=start, end=end)
-    _positive_steps(steps)
-    if start <= 0 or end <= 0:
-        raise ValueError(f"start and end must be positive for an exponential schedule, got {start} and {end}")
-    return lambda step: start * (end / start) ** (min(step, steps) / steps)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start <= 0 or self.end <= 0:
+            raise ValueError(
+                f"start and end must be positive for an exponential schedule, got {self.start} and {self.end}"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The weight after that many steps."""
+        return self.start * (self.end / self.start) ** self._part(step)
 
 
-def linear(start: float, end: float, steps: int) -> Schedule:
+class linear(_Ramp):  # noqa: N801
     """A straight line from start to end over the given number of steps, then end."""
-    _finite(start=start, end=end)
-    _positive_steps(steps)
-    return lambda step: start + (end - start) * min(step, steps) / steps
+
+    def __call__(self, step: int) -> float:
+        """The weight after that many steps."""
+        return self.start + (self.end - self.start) * self._part(step)
 
 
-def cosine(start: float, end: float, steps: int) -> Schedule:
+class cosine(_Ramp):  # noqa: N801
     """Half a cosine from start to end over the given number of steps, then end."""
-    _finite(start=start, end=end)
-    _positive_steps(steps)
-    return lambda step: end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
+
+    def __call__(self, step: int) -> float:
+        """The weight after that many steps."""
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self._part(step)))
 
 
 def _finite(**values: float):
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _positive_steps(steps: int):
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")

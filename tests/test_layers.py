@@ -134,6 +134,21 @@ def test_the_last_calls_graph_is_released(adjoint, backward):
         gc.enable()
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_the_last_calls_graph_is_released_before_the_next_is_built(adjoint):
+    """Two graphs at once would be twice the memory."""
+    inner, kept = net(), []
+
+    def f(t, z):
+        assert not kept or kept[0]() is None
+        return inner(z)
+
+    layer = nde.NeuralODE(f, adjoint=adjoint)
+    layer(torch.randn(4, 3)).sum().backward()
+    kept.append(weakref.ref(layer.solution))
+    layer(torch.randn(4, 3))
+
+
 def test_without_gradients_no_graph_is_held():
     layer = nde.NeuralODE(net())
     with torch.no_grad():

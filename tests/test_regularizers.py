@@ -627,6 +627,20 @@ def test_biased_times_are_uniform_over_the_accepted_steps(cls, t):
     assert stats.chisquare(hits.numpy()).pvalue > 0.01
 
 
+def test_biased_times_are_uniform_over_each_samples_own_steps():
+    """Where half of the samples have many steps and half have few."""
+    rate = torch.where(torch.arange(MANY) % 2 == 0, 12.0, 2.0)[:, None].double()
+    with torch.no_grad():
+        f = nde.ODE(lambda t, z, rate: -rate * z * torch.cos(t))
+        solution = nde.solve(f, torch.ones(MANY, 1, dtype=torch.float64), (0.0, 2.0), args=rate)
+    steps, times = solution.steps, draws(reg.LocalError, solution, "biased")
+    many_steps, few_steps = (int(steps.mask[:, b].sum()) for b in (0, 1))
+    assert many_steps > 1.5 * few_steps > 6
+    for first, count in ((0, many_steps), (1, few_steps)):
+        hits = [int((times[first::2] == s).sum()) for s in steps.t[:count, first]]
+        assert sum(hits) == MANY // 2 and stats.chisquare(hits).pvalue > 0.01
+
+
 def test_biased_times_are_those_of_the_samples_own_steps():
     solution = solve(z0=start(64))
     steps = solution.steps

@@ -11,6 +11,9 @@ import neuralde as nde
 
 pytest.importorskip("torchdyn")
 
+# torchdyn's Chebychev basis makes numbers of tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
 

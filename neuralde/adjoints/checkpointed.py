@@ -35,10 +35,11 @@ class Checkpointed(Adjoint):
             return plain(discover(problem, z0, field.first(start, z0, end)))
         slope, closed = closed_over(field, start, z0.detach(), end)
         given = [x for x in pytree.tree_leaves(field.args) if isinstance(x, Tensor) and x.requires_grad]
-        if not (z0.requires_grad or closed or given):
+        tensors = list({id(x): x for x in (*given, *closed)}.values())
+        if not (z0.requires_grad or tensors):
             return plain(discover(problem, z0, slope))
-        run = _Run(problem, slope, len(given))
-        final, interior, error, stiffness, states = _Solve.apply(run, z0, *given, *closed)
+        run = _Run(problem, slope)
+        final, interior, error, stiffness, states = _Solve.apply(run, z0, *tensors)
         outcome = plain(run.trajectory)
         outcome.final, outcome.interior = final, interior
         outcome.error = outcome.error and (lambda: error)
@@ -50,8 +51,8 @@ class Checkpointed(Adjoint):
 class _Run:
     """What the forward and the backward pass share beside tensors."""
 
-    def __init__(self, problem: Problem, slope: Tensor, given: int):
-        self.problem, self.slope, self.given = problem, slope, given
+    def __init__(self, problem: Problem, slope: Tensor):
+        self.problem, self.slope = problem, slope
         self.trajectory: Trajectory | None = None
 
     def forward(self, z0: Tensor) -> Trajectory:
@@ -117,6 +118,8 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
         outputs = schedule.at(j) if schedule is not None else None
         with torch.enable_grad(), full_precision(z0.device), substitute():
             step = replay_step(problem, grid, j, z, lens, outputs, field)
+        if j == len(grid) - 1:
+            _same_step(step.z, run.trajectory.final if rows is None else run.trajectory.final[rows])
         values, weights = [step.z], [costate if rows is None else costate.index_select(0, rows)]
         for value, flat in ((step.error, error), (step.stiffness, stiffness)):
             if flat is not None:
@@ -141,6 +144,19 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
     return [costate, *sums]
 
 
+def _same_step(again: Tensor, once: Tensor):
+    """Makes sure that f still is what it was in the forward pass, by the last step."""
+    arrived = torch.isfinite(once)  # not so where a sample failed
+    off = torch.where(arrived, again.detach() - once, 0.0).abs().max()
+    if bool(off > torch.finfo(once.dtype).eps ** 0.5 * once[arrived].abs().max() if bool(arrived.any()) else False):
+        raise NeuralDEError(
+            "f gives another result in the backward pass than in the solve: a tensor, an input or a mode (train, eval) "
+            "that it uses was changed in between, or was lent to it for the call. adjoint='checkpointed' evaluates f "
+            "again in the backward pass; run the backward pass before changing f, pass what changes through args, or "
+            "use adjoint='direct'"
+        )
+
+
 def _leaves(run: _Run, tensors: list[Tensor]):
     """The tensors that f depends on, as ends of the replay's graph.
 
@@ -148,13 +164,13 @@ def _leaves(run: _Run, tensors: list[Tensor]):
         The field that uses them, the list of ends in the order of `tensors`, and a context in which f sees them.
     """
     ends = [x if x.is_leaf else x.detach().requires_grad_() for x in tensors]
-    field = run.problem.field
-    if run.given:
-        replaced = {id(x): end for x, end in zip(tensors[: run.given], ends, strict=False)}
-        field = copy.copy(field)
-        field.args = pytree.tree_map(lambda x: replaced.get(id(x), x), field.args)
-    pairs = [(x, end) for x, end in zip(tensors[run.given :], ends[run.given :], strict=True) if x is not end]
-    return field, ends, (lambda: Substitute(pairs)) if pairs else contextlib.nullcontext
+    pairs = [(x, end) for x, end in zip(tensors, ends, strict=True) if x is not end]
+    if not pairs:
+        return run.problem.field, ends, contextlib.nullcontext
+    replaced = {id(x): end for x, end in pairs}
+    field = copy.copy(run.problem.field)
+    field.args = pytree.tree_map(lambda x: replaced.get(id(x), x), field.args)
+    return field, ends, lambda: Substitute(pairs)
 
 
 def _differentiable_backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> tuple:
