@@ -47,6 +47,13 @@ class StepControl:
     beta2: float | None = None
 
     def __post_init__(self):
+        for name in ("per_sample", "adaptive"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be from 0 to 1, or None, got {value}")
         if not 0.0 < self.safety <= 1.0:
             raise ValueError(f"safety must be in (0, 1], got {self.safety}")
         if not 0.0 < self.factor_min < 1.0 < self.factor_max:

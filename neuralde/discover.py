@@ -30,7 +30,7 @@ class _Lane:
     """The samples that are still in the batch, with their control state. Everything is [groups] but z, slope, last.
 
     Times run forward in here, whatever the direction of the solve: s = direction·t. `last` has what a failed sample's
-    last attempt was: its step size and the judge's figures, [1 to 4, groups].
+    last attempt was: its step size and the judge's figures, [4, groups]; None while none has failed.
     """
 
     rows: Tensor | None
@@ -45,7 +45,7 @@ class _Lane:
     rejected: Tensor
     status: Tensor
     failed_at: Tensor
-    last: Tensor
+    last: Tensor | None
     start: Tensor
     direction: Tensor | None
     interior: Tensor | None
@@ -70,7 +70,7 @@ class _Lane:
         """
         attempt = h[None] if figures is None else torch.cat([h[None], figures])
         attempt = torch.cat([attempt, attempt.new_full((4 - len(attempt), len(h)), float("nan"))])
-        self.last = torch.where(which, attempt, self.last)
+        self.last = attempt if self.last is None else torch.where(which, attempt, self.last)
         self.failed_at = torch.where(which, self.s, self.failed_at)
         self.live = self.live & ~which
         self.s1 = torch.where(which, self.s, self.s1)
@@ -113,12 +113,11 @@ class _Discovery:
         self.parts: list[_Lane] = []  # lanes whose samples left the batch
         self.outputs: list[tuple[Tensor, Tensor | None, Tensor]] = []  # (point, sample, value)
         t = problem.start
-        count = torch.zeros_like(t, dtype=torch.int64)
         direction = problem.span.sign()
-        backward = bool((direction < 0).any())
+        s, count = t * direction, torch.zeros_like(t, dtype=torch.int64)
         self.lane = _Lane(
             rows=None,
-            s=t * direction,
+            s=s,
             s1=problem.end * direction,
             h=self._first_step(t, z0.detach(), slope.detach()),
             z=z0,
@@ -127,11 +126,11 @@ class _Discovery:
             live=torch.ones_like(t, dtype=torch.bool),
             accepted=count,
             rejected=count,
-            status=torch.full_like(count, Status.SUCCESS),
-            failed_at=t * direction,
-            last=t.new_full((4, len(t)), float("nan")),
-            start=t * direction,
-            direction=direction if backward else None,
+            status=count,
+            failed_at=s,
+            last=None,
+            start=s,
+            direction=direction if bool((direction < 0).any()) else None,
             interior=None if problem.interior is None else problem.interior * direction,
         )
         self.exponents = self.control.exponents(self.solver.order, self.solver.exponents)

@@ -17,7 +17,7 @@ class ODE:
 
     Args:
         f: a function or `nn.Module`, called as `f(t, z)`, or `f(t, z, args)` when the solve is given `args`. A callable
-            that takes one positional argument, such as an `nn.Sequential`, is the autonomous f(z).
+            that must be given one positional argument, such as an `nn.Sequential`, is the autonomous f(z).
             z has the structure and shape of the initial state; t has shape [batch, 1, ..., 1] under per-sample
             control and no dimensions under joint control, so that it broadcasts to z either way (of a tuple or dict,
             to its first tensor). f returns dz/dt with the structure, shape, dtype and device of z.
@@ -39,7 +39,7 @@ class ODE:
 
 
 def _positional_parameters(f: Callable) -> int | None:
-    """How many positional arguments f takes (0, 1, or at least 2), or None where its signature does not tell."""
+    """How many positional arguments f must be given, or None where its signature does not tell."""
     # A Module's own __call__ is (*args, **kwargs); its forward says what it takes.
     target = f.forward if isinstance(f, torch.nn.Module) else f
     bound = inspect.ismethod(target)
@@ -71,4 +71,4 @@ def _count(target: Callable) -> int | None:
         return None
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)

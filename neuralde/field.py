@@ -255,8 +255,10 @@ def mixing_module(f) -> str | None:
     return None
 
 
-def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The first evaluation, and the tensors beside z and args that f's value depends on and that want a gradient.
+def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Tensor, list[Tensor], set[int]]:
+    """The first evaluation, and the tensors beside z that f's value depends on and that want a gradient.
+
+    The third result has the ids of those that were seen in use.
 
     What f uses is watched during the evaluation; what it may use at other times is found by inspection: a Module's
     parameters, and the tensors and Modules that a function closes over, is bound to, or names as globals.
@@ -264,9 +266,9 @@ def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Te
     watch = _Watch()
     with torch.enable_grad(), watch:
         slope = field.first(t, z, t_other)
-    found = {id(x): x for x in [*watch.foreign.values(), *_reachable(field.equation.f)]}
+    found = {id(x): x for x in [*watch.foreign.values(), *reachable(field.equation.f)]}
     found.pop(id(z), None)
-    return slope.detach(), list(found.values())
+    return slope.detach(), list(found.values()), set(watch.foreign)
 
 
 def _wrapped(x: Tensor) -> bool:
@@ -312,7 +314,7 @@ class Substitute(TorchFunctionMode):
         return func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs or {}))
 
 
-def _reachable(f) -> list[Tensor]:
+def reachable(f) -> list[Tensor]:
     """Tensors wanting gradients that f can get at, without running it."""
     found = _find(f, Tensor)
     for root in _find(f, nn.Module):
@@ -376,16 +378,17 @@ def _remember_independent(f):
         _INDEPENDENT.setdefault(f, set()).add(_modes(f))
 
 
-def _modes(f) -> tuple[bool, ...]:
-    """Which of the modules that f can reach are in training mode: batch normalization mixes samples only then."""
-    return tuple(m.training for module in _find(f, nn.Module) for m in module.modules())
+def _modes(f) -> tuple[tuple[type, bool], ...]:
+    """The modules that f can reach, and which are in training mode: batch normalization mixes samples only then."""
+    return tuple((type(m), m.training) for module in _find(f, nn.Module) for m in module.modules())
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two derivatives differ by more than a part of the largest; NaN at the same place is no difference."""
-    change = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), a - b).abs()
-    scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().max()
-    return not bool(change.max() <= tolerance * scale)
+    """Whether two derivatives differ by more than a part of the sample's largest; NaN in both is no difference."""
+    change = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), a - b).abs().amax(dim=1)
+    # Sample by sample: beside one with large derivatives, a difference in the others must not look small.
+    scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().amax(dim=1)
+    return not bool((change <= tolerance * scale).all())
 
 
 def _rounding(dtype: torch.dtype) -> float:

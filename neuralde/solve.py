@@ -68,7 +68,7 @@ def solve(
 
     Gradients with respect to z0, args, the parameters of f and tensors that f closes over are exact for the discrete
     solution; step sizes are constants to them. Gradients with respect to t are those of the continuous solution:
-    dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0.
+    dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0; first derivatives only.
     """
     return _untraced(_solve)(
         equation, z0, t, solver, rtol, atol, control, adjoint, args, max_steps, dt0, dense, on_failure
@@ -148,14 +148,17 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
     elif isinstance(t, tuple | list):
         if not all(isinstance(x, numbers.Real | Tensor) for x in t):
             raise TypeError(f"t must hold numbers or tensors, got {', '.join(type(x).__name__ for x in t)}")
+        if not any(isinstance(x, Tensor) for x in t):
+            t = torch.tensor([float(x) for x in t], dtype=layout.time_dtype, device=layout.device)
+    else:
+        raise TypeError(f"t must be (t0, t1), a 1-D tensor of times or [batch, times], got {type(t).__name__}")
+    if not isinstance(t, Tensor):
         parts = [torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device) for x in t]
         if any(x.dim() > 1 for x in parts):
             raise ValueError("t as a tuple must hold numbers or [batch] tensors; pass [batch, times] as one tensor")
         if len({len(x) for x in parts if x.dim()} | {layout.batch}) > 1:
             raise ValueError(f"t as a tuple of tensors must hold [batch] = [{layout.batch}] times each")
         t = torch.stack(torch.broadcast_tensors(*parts), dim=-1) if parts else torch.empty(0)
-    else:
-        raise TypeError(f"t must be (t0, t1), a 1-D tensor of times or [batch, times], got {type(t).__name__}")
     t = t.to(device=layout.device, dtype=layout.time_dtype)
     if t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != layout.batch):
         raise ValueError(f"t must be (t0, t1), [times] or [batch, times] = [{layout.batch}, ...], got {tuple(t.shape)}")
@@ -217,11 +220,24 @@ def _shift_outputs(problem: Problem, zs: Tensor, times: Tensor) -> Tensor:
         return zs
     moved = [zs[0]]
     for z, t in zip(zs[1:], times[1:], strict=True):
-        with torch.no_grad():
-            slope = problem.field(problem.field.times(problem._groups(t))[0], z)
+        slope = _slope_at(problem, t.detach(), z.detach(), zs[0].detach())
         t = t.expand(len(z))
         moved.append(z + (t - t.detach())[:, None].to(z.dtype) * slope)
     return torch.stack(moved)
+
+
+@torch.no_grad()
+def _slope_at(problem: Problem, t: Tensor, z: Tensor, start: Tensor) -> Tensor:
+    """f at an output, 0 where a sample did not get there (f is called at its start instead)."""
+    field, got = problem.field, torch.isfinite(z).all(dim=1)
+    z = torch.where(got[:, None], z, start)
+    if problem.joint and len(t) > 1:  # outputs at different times, but f takes one t for the batch
+        slope = torch.zeros_like(z)
+        for one in t.unique():
+            slope = torch.where((t == one)[:, None], field(field.times(one[None])[0], z), slope)
+    else:
+        slope = field(field.times(t)[0], z)
+    return torch.where(got[:, None], slope, 0.0)
 
 
 def _report(problem: Problem, trajectory, on_failure: str):

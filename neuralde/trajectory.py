@@ -104,8 +104,12 @@ class Trajectory:
     def last_attempt(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dt, error ratio, stiffness) of every failed sample's last attempt, [groups] or None if not reported."""
         solver = self.problem.solver
-        h, *figures = (self._whole(lambda lane, i=i: lane.last[i]) for i in range(4))
+        h, *figures = (self._whole(lambda lane, i=i: _last(lane)[i]) for i in range(4))
         error = figures[0] if solver.error_order is not None else None
         pair = figures[1:3] if solver.error_order is not None else figures[:2]
         stiffness = _control.quotient(*pair, h) if solver.reports_stiffness else None
-        return self._whole(lambda lane: lane.signed(lane.last[0])), error, stiffness
+        return self._whole(lambda lane: lane.signed(_last(lane)[0])), error, stiffness
+
+
+def _last(lane: _Lane) -> Tensor:
+    return lane.s.new_full((4, len(lane.s)), float("nan")) if lane.last is None else lane.last

@@ -22,6 +22,8 @@ class Regularizer(nn.Module, abc.ABC):
     Args:
         weight: a number, or a schedule (`constant`, `exponential`, `linear`, `cosine`, or any function of the step).
 
+    A layer that is called several times in one forward pass holds its last solution, and only that one is penalized.
+
     `step()` advances the schedule; `state_dict()` keeps its position.
     """
 

@@ -63,7 +63,10 @@ def test_picture_is_saved(short_run):
         (["demo", "--epochs", "0"], "--epochs"),
         (["demo", "--seeds", "two"], "--seeds"),
         (["demo", "--device", "nowhere"], "--device"),
+        (["demo", "--device", "meta"], "--device"),
+        (["demo", "--device", "cuda:999"], "--device cpu"),
         (["demo", "--out", __file__], "--out"),
+        (["demo", "--out", f"{__file__}/below"], "--out"),
         (["demo", "--colour"], "--colour"),
         ([], "COMMAND"),
         (["dmeo"], "dmeo"),
@@ -73,7 +76,21 @@ def test_bad_arguments_are_named(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(arguments)
     assert exit.value.code == 2
-    assert words in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_failed_training_is_one_line(monkeypatch, capsys, tmp_path):
+    from neuralde.errors import NonFiniteState
+    from neuralde.experiments import demo
+
+    def diverge(config):
+        raise NonFiniteState("sample 3 is not finite at t = 0.5")
+
+    monkeypatch.setattr(demo, "run", diverge)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "neuralde demo: training failed: sample 3 is not finite at t = 0.5\n"
 
 
 def test_help_and_version_answer_without_torch(tmp_path):

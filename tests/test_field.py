@@ -702,11 +702,12 @@ def test_f_is_given_another_input_before_the_backward_pass(adjoint):
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-def test_functional_call(adjoint):
-    """Parameters lent to a module for one forward pass, as meta-learning does."""
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_functional_call(adjoint, scale):
+    """Parameters lent to a module for one forward pass, as meta-learning does; at first they equal its own."""
     layer = nde.NeuralODE(linear_net(), adjoint=adjoint)
     z0 = normal(3, 2)
-    lent = {name: (p.detach() * 1.5).requires_grad_() for name, p in layer.named_parameters()}
+    lent = {name: (p.detach() * scale).requires_grad_() for name, p in layer.named_parameters()}
     own = nde.NeuralODE(linear_net(), adjoint=adjoint)
     own.load_state_dict(lent)
     expected = torch.autograd.grad((own(z0) ** 2).sum(), list(own.parameters()))

@@ -269,3 +269,94 @@ def test_an_attempt_that_overflows_does_not_poison_the_gradient(adjoint):
     assert int(solution.stats.rejected[0]) > 0 and bool(solution.converged.all())
     for g in torch.autograd.grad(solution.final.sum(), [z0, rate]):
         assert bool(torch.isfinite(g).all())
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_output_times_of_every_sample_under_joint_control(adjoint):
+    t = torch.tensor([[0.0, 0.3, 1.0], [0.0, 0.8, 1.0]], dtype=torch.float64, requires_grad=True)
+    z0 = torch.ones(2, 1, dtype=torch.float64)
+    f = nde.ODE(lambda t, z: -z * torch.cos(3 * t))
+    solution = nde.solve(f, z0, t, control="joint", adjoint=adjoint, rtol=1e-9, atol=1e-9)
+    (g,) = torch.autograd.grad(solution.zs[1].sum(), t)
+    expected = -torch.exp(-torch.sin(3 * t.detach()) / 3) * torch.cos(3 * t.detach())
+    torch.testing.assert_close(g[:, 1], expected[:, 1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_a_failed_sample_does_not_reach_the_gradient_of_the_times(adjoint):
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    z0 = torch.tensor([[0.1], [3.0]], dtype=torch.float64)
+    solution = nde.solve(nde.ODE(lambda t, z: z**2), z0, t, adjoint=adjoint, on_failure="ignore", rtol=1e-8, atol=1e-10)
+    assert solution.converged.tolist() == [True, False]
+    (g,) = torch.autograd.grad(solution.final[solution.converged].sum(), t)
+    slope = (0.1 / 0.9) ** 2
+    torch.testing.assert_close(g, torch.tensor([-slope, slope], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_hooks_see_the_whole_gradient(adjoint, leaf):
+    w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    held = w if leaf else w * 1.0
+    calls = []
+    held.register_hook(lambda g: calls.append(g) or 0.5 * g)
+    z0 = torch.ones(1, 1, dtype=torch.float64)
+    solution = nde.solve(nde.ODE(lambda t, z: -held * z), z0, (0.0, 1.0), adjoint=adjoint, rtol=1e-9, atol=1e-9)
+    solution.final.sum().backward()
+    assert float(w.grad) == pytest.approx(-0.5 * float(torch.exp(torch.tensor(-1.0))), rel=1e-5)
+    assert len(calls) == 1 or adjoint == "direct"
+
+
+def test_a_tensor_that_the_replay_cannot_follow_is_refused():
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z, w):
+            ctx.save_for_backward(z, w)
+            return z * w
+
+        @staticmethod
+        def backward(ctx, g):
+            z, w = ctx.saved_tensors
+            return g * w, (g * z).sum()
+
+    leaf = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    computed = leaf * 2
+    z0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+
+    def run(adjoint):
+        final = nde.solve(nde.ODE(lambda t, z: Scale.apply(z, computed)), z0, (0.0, 1.0), adjoint=adjoint).final
+        return torch.autograd.grad(final.sum(), leaf, retain_graph=True, allow_unused=True)[0]
+
+    assert float(run("direct")) == pytest.approx(4 * 0.3679, rel=1e-3)
+    try:
+        found = run("checkpointed")
+    except nde.NeuralDEError as error:
+        assert "adjoint='direct'" in str(error)
+    else:
+        assert found is not None and float(found) == pytest.approx(float(run("direct")), rel=1e-6)
+
+
+def test_save_on_cpu_changes_nothing():
+    leaf = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    z0 = torch.ones(2, 1, dtype=torch.float64)
+    found = []
+    for pack in (torch.autograd.graph.save_on_cpu(), torch.enable_grad()):
+        with pack:
+            computed = leaf * 2
+            final = nde.solve(nde.ODE(lambda t, z, c=computed: c * z), z0, (0.0, 1.0)).final
+        found.append(torch.autograd.grad(final.sum(), leaf)[0])
+    assert torch.equal(*found)
+
+
+def test_a_solve_in_inference_mode_leaves_nothing_behind():
+    solver = nde.solvers.RungeKutta("fresh", nde.solvers.tableaus.DOPRI5, adaptive=True)
+    f = nde.ODE(lambda t, z: -z)
+    z0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    from neuralde.solvers import runge_kutta
+
+    runge_kutta._coefficients.cache_clear()
+    with torch.inference_mode():
+        nde.solve(f, z0.detach(), (0.0, 1.0), solver=solver)
+    solution = nde.solve(f, z0, (0.0, 1.0), solver=solver)
+    t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert float(torch.autograd.grad(solution(t).sum(), t)[0]) == pytest.approx(-2 * 0.67032, rel=1e-3)

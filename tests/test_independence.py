@@ -94,3 +94,27 @@ def test_joint_control_does_depend_on_the_batch():
     together = nde.solve(nde.ODE(van_der_pol(None)), z0, (0.0, 1.5), args=mu, **solve)
     alone = nde.solve(nde.ODE(van_der_pol(None)), z0[CALM : CALM + 1], (0.0, 1.5), args=mu[CALM : CALM + 1], **solve)
     assert together.stats.accepted[CALM] > 2 * alone.stats.accepted[0]
+
+
+def test_a_table_is_no_samples_own_beside_stiff_ones():
+    """args with as many rows as the batch: small against the stiff samples' derivatives, not against the others'."""
+    rate = torch.ones(BATCH, 1)
+    rate[[7, 20, 41]] = 300.0
+    table = torch.linspace(-1.0, 1.1, BATCH)[:, None]
+
+    def f(t, z, args):
+        return -args[0] * z + 0.02 * args[1].mean()
+
+    z0 = torch.ones(BATCH, 1)
+    together = nde.solve(nde.ODE(f), z0, (0.0, 8.0), args=(rate, table), rtol=1e-5, atol=1e-7)
+    steady = 0.02 * table.mean() / rate
+    expected = steady + (1 - steady) * torch.exp(-8 * rate)
+    torch.testing.assert_close(together.final, expected, rtol=0, atol=1e-5)
+
+
+def test_an_optional_parameter_is_not_the_time():
+    rate = 2.0
+    solution = nde.solve(
+        nde.ODE(lambda z, k=rate: -k * z), torch.ones(1, 1, dtype=torch.float64), (0.0, 1.0), rtol=1e-8
+    )
+    assert float(solution.final) == pytest.approx(0.1353353, rel=1e-5)

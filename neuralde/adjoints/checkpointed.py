@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..discover import discover
 from ..errors import NeuralDEError, Status
-from ..field import Substitute, closed_over, full_precision
+from ..field import Substitute, closed_over, full_precision, reachable
 from ..problem import Problem
 from ..replay import Schedule, replay_all, replay_step
 from ..trajectory import Trajectory
@@ -33,12 +33,12 @@ class Checkpointed(Adjoint):
         field, start, end = problem.field, problem.start, problem.end
         if not torch.is_grad_enabled():
             return plain(discover(problem, z0, field.first(start, z0, end)))
-        slope, closed = closed_over(field, start, z0.detach(), end)
+        slope, closed, seen = closed_over(field, start, z0.detach(), end)
         given = [x for x in pytree.tree_leaves(field.args) if isinstance(x, Tensor) and x.requires_grad]
         tensors = list({id(x): x for x in (*given, *closed)}.values())
         if not (z0.requires_grad or tensors):
             return plain(discover(problem, z0, slope))
-        run = _Run(problem, slope)
+        run = _Run(problem, slope, tensors, seen)
         final, interior, error, stiffness, states = _Solve.apply(run, z0, *tensors)
         outcome = plain(run.trajectory)
         outcome.final, outcome.interior = final, interior
@@ -48,12 +48,30 @@ class Checkpointed(Adjoint):
         return outcome
 
 
+_CHANGED = (
+    "f gives another result in the backward pass than in the solve: a tensor, an input or a mode (train, eval) that it "
+    "uses was changed in between, or was lent to it for the call. adjoint='checkpointed' evaluates f again in the "
+    "backward pass; run the backward pass before changing f, pass what changes through args, or use adjoint='direct'"
+)
+
+
 class _Run:
     """What the forward and the backward pass share beside tensors."""
 
-    def __init__(self, problem: Problem, slope: Tensor):
+    def __init__(self, problem: Problem, slope: Tensor, tensors: list[Tensor], seen: set[int]):
         self.problem, self.slope = problem, slope
+        # What f depends on, as f knows it: saved tensors may come back as others (save_on_cpu).
+        self.tensors, self.seen = tensors, seen
+        self.reached = self._reached()
         self.trajectory: Trajectory | None = None
+
+    def _reached(self) -> set[int]:
+        return {id(x) for x in reachable(self.problem.field.equation.f)}
+
+    def require_same_f(self):
+        """Raises NeuralDEError if f can reach other tensors now than in the solve."""
+        if self._reached() != self.reached:
+            raise NeuralDEError(_CHANGED)
 
     def forward(self, z0: Tensor) -> Trajectory:
         self.trajectory = discover(self.problem, z0, self.slope)
@@ -91,7 +109,9 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        z0, *tensors = ctx.saved_tensors
+        z0, *_ = ctx.saved_tensors  # unpacking all of them checks that none was changed in place
+        tensors = ctx.run.tensors
+        ctx.run.require_same_f()
         if torch.is_grad_enabled():
             return None, *_differentiable_backward(ctx.run, z0, tensors, cotangents)
         return None, *_backward(ctx.run, z0, tensors, cotangents)
@@ -141,6 +161,13 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
             if gradient is not None:
                 # The first gradient may share memory with a cotangent; the sum's own memory begins with the second.
                 sums[i] = gradient if sums[i] is None else sums[i] + gradient
+    for x, total in zip(tensors, sums, strict=True):
+        if total is None and not x.is_leaf and id(x) in run.seen and len(grid):
+            raise NeuralDEError(
+                f"f uses a computed tensor of shape {tuple(x.shape)} in a way that adjoint='checkpointed' can't follow "
+                "in the backward pass (a scripted function or a custom autograd.Function); pass it through args, or "
+                "use adjoint='direct'"
+            )
     return [costate, *sums]
 
 
@@ -149,12 +176,7 @@ def _same_step(again: Tensor, once: Tensor):
     arrived = torch.isfinite(once)  # not so where a sample failed
     off = torch.where(arrived, again.detach() - once, 0.0).abs().max()
     if bool(off > torch.finfo(once.dtype).eps ** 0.5 * once[arrived].abs().max() if bool(arrived.any()) else False):
-        raise NeuralDEError(
-            "f gives another result in the backward pass than in the solve: a tensor, an input or a mode (train, eval) "
-            "that it uses was changed in between, or was lent to it for the call. adjoint='checkpointed' evaluates f "
-            "again in the backward pass; run the backward pass before changing f, pass what changes through args, or "
-            "use adjoint='direct'"
-        )
+        raise NeuralDEError(_CHANGED)
 
 
 def _leaves(run: _Run, tensors: list[Tensor]):
@@ -163,7 +185,8 @@ def _leaves(run: _Run, tensors: list[Tensor]):
     Returns:
         The field that uses them, the list of ends in the order of `tensors`, and a context in which f sees them.
     """
-    ends = [x if x.is_leaf else x.detach().requires_grad_() for x in tensors]
+    # Hooks on a parameter are for its whole gradient, not for every step's part of it.
+    ends = [x if x.is_leaf and not x._backward_hooks else x.detach().requires_grad_() for x in tensors]
     pairs = [(x, end) for x, end in zip(tensors, ends, strict=True) if x is not end]
     if not pairs:
         return run.problem.field, ends, contextlib.nullcontext
@@ -175,7 +198,7 @@ def _leaves(run: _Run, tensors: list[Tensor]):
 
 def _differentiable_backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> tuple:
     """The backward pass when it is differentiated itself: the whole grid on one tape, with "direct"'s memory."""
-    if _upstream([z0, *tensors]) & {id(x) for x in tensors}:
+    if _one_behind_another([z0, *tensors]):
         raise NeuralDEError(
             "double backward under adjoint='checkpointed' can't tell apart what a parameter does inside f and what it "
             "does on the way to z0, args or a tensor that f closes over, and here one parameter does both; "
@@ -193,15 +216,18 @@ def _differentiable_backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotan
     return tuple(next(gradients) if x.requires_grad else None for x in (z0, *tensors))
 
 
-def _upstream(tensors: list[Tensor]) -> set[int]:
-    """The ids of the leaves that computed tensors among the given ones were made from."""
-    seen, leaves, todo = set(), set(), [x.grad_fn for x in tensors if x.grad_fn is not None]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        todo.extend(parent for parent, _ in node.next_functions)
-    return leaves
+def _one_behind_another(tensors: list[Tensor]) -> bool:
+    """Whether one of the tensors was computed from another one."""
+    leaves = {id(x) for x in tensors if x.is_leaf}
+    nodes = {x.grad_fn for x in tensors if x.grad_fn is not None}
+    for x in tensors:
+        seen, todo = set(), [parent for parent, _ in x.grad_fn.next_functions] if x.grad_fn is not None else []
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in nodes or (hasattr(node, "variable") and id(node.variable) in leaves):
+                return True
+            todo.extend(parent for parent, _ in node.next_functions)
+    return False

@@ -16,8 +16,8 @@ from .base import Adjoint, Outcome, plain
 class Direct(Adjoint):
     """Discretise, then differentiate, with everything on the tape.
 
-    Exact gradients of the discrete solution. Fast, and supports double backward and forward mode; its memory grows by
-    the stages times the layers of f with every step.
+    Exact gradients of the discrete solution. Fast, and supports double backward; its memory grows by the stages times
+    the layers of f with every step.
     """
 
     name = "direct"

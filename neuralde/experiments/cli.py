@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import re
 import sys
+import tempfile
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .._version import __version__
 
@@ -24,8 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return options.run(options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line; the usage is what `--help` is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="neuralde", description="Layers that are differential equations: experiments from the command line."
     )
     parser.add_argument("--version", action="version", version=f"neuralde {__version__}")
@@ -39,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
+    demo.add_argument("--device", default="cpu", type=_device, help="where to train: cpu, cuda, cuda:1, ...")
     demo.add_argument("--seeds", type=_positive, default=3, metavar="N", help="how many runs of each model")
     demo.add_argument("--epochs", type=_positive, default=8, metavar="N", help="passes over the training data")
     demo.add_argument(
@@ -62,20 +72,25 @@ def _positive(text: str) -> int:
     return value
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"argument --out: {options.out} is a file; name a directory")
-    import torch
+    _check_device(parser, options.device)
+    _check_out(parser, options.out)
 
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: {options.device!r} can't be used here ({str(error).splitlines()[0]})")
-
+    from ..errors import NeuralDEError
     from . import demo
 
     config = demo.Config(device=options.device, seeds=options.seeds, epochs=options.epochs)
-    result = demo.run(config)
+    try:
+        result = demo.run(config)
+    except NeuralDEError as error:
+        print(f"{parser.prog}: training failed: {error}", file=sys.stderr)
+        return 1
     files = demo.save(result, options.out)
     if options.json:
         json.dump(result.summary(), sys.stdout, indent=2)
@@ -84,3 +99,27 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         demo.show(result)
         print("Saved: " + ", ".join(map(str, files)))
     return 0
+
+
+def _check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {device!r} can't be used here ({reason}); --device cpu always works")
+
+
+def _check_out(parser: argparse.ArgumentParser, out: pathlib.Path) -> None:
+    """Makes the directory and writes into it, so that minutes of training are not lost for want of a place."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except FileExistsError:
+        parser.error(f"argument --out: {out} is a file; name a directory")
+    except OSError as error:
+        parser.error(f"argument --out: can't write to {out} ({error.strerror})")

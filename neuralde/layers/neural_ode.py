@@ -43,6 +43,7 @@ class NeuralODE(nn.Module):
         self.solution: Solution | None = None
         self._solver = solvers.get(solve_options.get("solver", "tsit5"))
         adjoints.get(solve_options.get("adjoint", "checkpointed"))
+        _control.check_tolerances(solve_options.get("rtol", 1e-3), solve_options.get("atol", 1e-6))
         if not self._solver.adaptive and solve_options.get("dt0") is None:
             raise ValueError(f"dt0 is needed: solver {self._solver.name!r} takes fixed steps; pass e.g. dt0=0.1")
         self._refuse_mixing()

@@ -121,6 +121,7 @@ class _Coefficients(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept for the next solve must not be an inference tensor
 def _coefficients(tableau: Tableau, dtype: torch.dtype, time_dtype: torch.dtype, device: torch.device):
     def tensor(values, kind=dtype):
         # Through float64 on the CPU, so that no float32 rounding precedes the conversion.
