@@ -66,7 +66,7 @@ class Layout:
         first = leaves[0]
         if len(first) == 0:
             raise ValueError("z0 has batch size 0; pass at least one sample")
-        if any(leaf.numel() == 0 for leaf in leaves):
+        if all(leaf.numel() == 0 for leaf in leaves):
             raise ValueError(f"z0 must not be empty, got {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}")
         work = torch.float32 if first.dtype in _LOW_PRECISION else first.dtype
         return cls(

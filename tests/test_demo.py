@@ -50,6 +50,9 @@ def test_rows_are_measured(short_run):
     assert len({row["nfe"] for row in rows.values()}) == 5
     assert rows["GlobalError"]["nfe"] < 0.75 * rows["vanilla"]["nfe"]
     assert result["finding"].startswith(("GlobalError", "LocalError", "GlobalStiffness", "No penalty"))
+    assert result["config"]["seeds"] == [0]
+    weights = result["config"]["penalties"]
+    assert weights["vanilla"] is None and weights["GlobalError"][0] > weights["GlobalError"][1] > 0
     assert result["config"]["epochs"] == 2 and set(result["versions"]) == {"python", "torch", "neuralde"}
 
 

@@ -105,12 +105,25 @@ class Result:
         rows = self.rows()
         versions = {"python": platform.python_version(), "torch": torch.__version__, "neuralde": nde.__version__}
         return {
-            "config": asdict(self.config),
+            "config": {**asdict(self.config), "seeds": list(range(self.config.seeds)), "penalties": _weights()},
             "rows": rows,
             "finding": finding(rows),
             "versions": versions,
             "history": {name: [asdict(t.history) for t in trials] for name, trials in self.trials.items()},
         }
+
+
+def _weights() -> dict[str, list[float] | None]:
+    """Every variant's weight before the first and after the last step; None without a penalty."""
+    found: dict[str, list[float] | None] = {}
+    for name, make_penalty in VARIANTS.items():
+        found[name] = None
+        if make_penalty is not None:
+            penalty = make_penalty(1)  # a schedule of one step: its start, and then its end
+            first = penalty.weight
+            penalty.step()
+            found[name] = [first, penalty.weight]
+    return found
 
 
 def make_model(config: Config) -> nn.Sequential:
