@@ -220,8 +220,7 @@ def initial_step(
     longest, direction = horizon.abs(), horizon.sign()
     scale = z.abs().mul(rtol).add(_floor(atol, z))
     size, speed = rms(z / scale, joint), rms(slope / scale, joint)
-    tiny = (size < 1e-5) | (speed < 1e-5)
-    trial = torch.where(tiny, 1e-6, 0.01 * size / torch.where(tiny, 1.0, speed)).minimum(longest)
+    trial = torch.where(torch.minimum(size, speed) < 1e-5, 1e-6, 0.01 * size / speed).minimum(longest)
     trial = torch.where(trial > 0, trial, 1e-6).minimum(longest)  # an infinite speed: atol = 0 at z = 0
     step = (trial * direction)[:, None]
     bend = rms((f(f.times(t + step[:, 0])[0], z + step.to(z.real.dtype) * slope) - slope) / scale, joint) / trial

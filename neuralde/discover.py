@@ -198,7 +198,8 @@ class _Discovery:
             figures = self.judge(step, lane.z)
             ratio = figures[0] if self.judge.has_error else None
             if control.adaptive:
-                ok = lane.live & (ratio <= 1.0)
+                ok = ratio <= 1.0
+                ok = ok if unfinished == len(h) else lane.live & ok
                 s_end = torch.where(last, lane.s1, lane.s + h)
             else:
                 ok = lane.live & torch.isfinite(step.z.sum() if self.problem.joint else step.z.sum(dim=1))
@@ -226,7 +227,7 @@ class _Discovery:
             else:
                 lane.slope = torch.where(column, step.slope_end, lane.slope)
         self.judge.advance(everyone)
-        lane.accepted = lane.accepted + ok
+        lane.accepted = lane.accepted + (1 if everyone else ok)
         if accepted < unfinished:
             lane.rejected = lane.rejected + (lane.live & ~ok)
 

@@ -163,9 +163,10 @@ class _Buffer:
 
     def __init__(self, z: Tensor, stages: int):
         self.stack = z.new_empty(stages + 1, z.numel())
-        self.rows = [row.view(z.shape) for row in self.stack.unbind(0)]
+        self.rows = self.stack.view(-1, *z.shape).unbind(0)
         # [batch·features, i] views: a combination is one matrix-vector product.
-        self.prefix = [self.stack[:i].t() for i in range(stages + 2)]
+        columns = self.stack.t()
+        self.prefix = [columns[:, :i] for i in range(stages + 2)]
         self.shape, self.stages = z.shape, stages
 
     def start(self, z: Tensor, dt: Tensor):
