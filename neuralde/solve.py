@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
@@ -117,7 +118,12 @@ def _untraced(function):
     break the graph at every attempt. A compiled f stays compiled. (Asked for at every call, since torch.compiler would
     import the whole compiler at once, which takes a second.)
     """
-    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+    return _disabled(function) if "torch._dynamo" in sys.modules else function
+
+
+@functools.cache
+def _disabled(function):
+    return torch.compiler.disable(function)
 
 
 def _check_numbers(rtol, atol, max_steps, dt0, on_failure):

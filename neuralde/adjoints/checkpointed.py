@@ -95,6 +95,9 @@ class _Solve(torch.autograd.Function):
         ctx.run = run
         ctx.save_for_backward(z0, *tensors)
         ctx.set_materialize_grads(False)
+        states = trajectory.grid.flat_z
+        for record in trajectory.records:
+            record.z = None  # the grid has them now
         # Aliases: an output that is itself kept by the run would tie the run, its graph and the outputs in a cycle.
         return tuple(
             None if x is None else x.detach()
@@ -103,7 +106,7 @@ class _Solve(torch.autograd.Function):
                 trajectory.interior,
                 trajectory.error,
                 trajectory.stiffness,
-                trajectory.grid.flat_z,
+                states,
             )
         )
 
