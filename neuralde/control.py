@@ -221,7 +221,8 @@ def initial_step(
     scale = z.abs().mul(rtol).add(_floor(atol, z))
     size, speed = rms(z / scale, joint), rms(slope / scale, joint)
     trial = torch.where(torch.minimum(size, speed) < 1e-5, 1e-6, 0.01 * size / speed).minimum(longest)
-    trial = torch.where(trial > 0, trial, 1e-6).minimum(longest)  # an infinite speed: atol = 0 at z = 0
+    if atol == 0.0:
+        trial = torch.where(trial > 0, trial, 1e-6).minimum(longest)  # an infinite speed where z is 0
     step = (trial * direction)[:, None]
     bend = rms((f(f.times(t + step[:, 0])[0], z + step.to(z.real.dtype) * slope) - slope) / scale, joint) / trial
     sharpest = torch.maximum(speed, bend)

@@ -199,14 +199,14 @@ class _Discovery:
             ratio = figures[0] if self.judge.has_error else None
             if control.adaptive:
                 ok = ratio <= 1.0
-                ok = ok if unfinished == len(h) else lane.live & ok
+                ok = ok if unfinished == h.shape[0] else lane.live & ok
                 s_end = torch.where(last, lane.s1, lane.s + h)
             else:
                 ok = lane.live & torch.isfinite(step.z.sum() if self.problem.joint else step.z.sum(dim=1))
                 # By multiplication: 10⁶ additions of dt0 would lose digits of t.
                 s_end = torch.where(last, lane.s1, lane.start + (lane.accepted + 1) * lane.h)
             accepted = int(ok.sum())
-        everyone = accepted == len(h) == unfinished
+        everyone = accepted == h.shape[0] == unfinished
 
         # Accept.
         if accepted:
@@ -239,11 +239,15 @@ class _Discovery:
             lane.previous = control.remember(finite, lane.previous, judged)
 
         # Who has finished, who has failed?
-        lane.live = ~last if everyone else lane.live & ~(ok & last)
+        finished = last if everyone else ok & last
+        arrived = int(finished.sum())
+        if arrived:
+            lane.live = lane.live & ~finished
         self.latest = figures, h
-        if accepted < unfinished or self.attempts % _CHECK_EVERY == 0:
+        checked = accepted < unfinished or self.attempts % _CHECK_EVERY == 0
+        if checked:
             self._fail_hopeless(lane, ok, ratio, figures, h)
-        return int(lane.live.sum())
+        return int(lane.live.sum()) if checked else unfinished - arrived
 
     def _fail_hopeless(self, lane: _Lane, ok: Tensor, ratio: Tensor | None, figures: Tensor | None, h: Tensor):
         """Ends the samples whose next step would be too small to move t, and fixed steps that went wrong."""
@@ -324,7 +328,7 @@ class _Discovery:
         return unfinished
 
     def _worth_compacting(self, unfinished: int) -> bool:
-        n = len(self.lane.s)
+        n = self.lane.s.shape[0]
         return (
             self.control.per_sample
             and 0 < unfinished <= _COMPACT_FRACTION * n

@@ -17,7 +17,7 @@ from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
 from .equations import ODE
-from .errors import SolveWarning, Status, failure
+from .errors import SolveWarning, failure
 from .field import Field, full_precision
 from .problem import Problem
 from .solution import Solution
@@ -249,7 +249,7 @@ def _slope_at(problem: Problem, t: Tensor, z: Tensor, start: Tensor) -> Tensor:
 def _report(problem: Problem, trajectory, on_failure: str):
     if on_failure == "ignore":
         return
-    if not bool((trajectory.status != Status.SUCCESS).any()):
+    if trajectory.complete:
         return
     batch, figures = problem.field.layout.batch, (trajectory.reached, *trajectory.last_attempt())
     error = failure(*(x if x is None else x.expand(batch) for x in (trajectory.status, *figures)), problem.joint)

@@ -37,7 +37,7 @@ class Trajectory:
         problem: what was solved.
         final: the state at the end, [batch, features]; NaN for samples that did not get there.
         interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
-        status: [groups].
+        status: [groups]. complete: whether every sample succeeded.
         records: the accepted attempts.
     """
 
@@ -49,7 +49,8 @@ class Trajectory:
         self.status = self._whole(lambda lane: lane.status)
         self.final = self._whole(lambda lane: lane.z)
         failed = self.status != Status.SUCCESS
-        if bool(failed.any()):
+        self.complete = not bool(failed.any())
+        if not self.complete:
             self.final = torch.where(failed[:, None], float("nan"), self.final)
         for part in parts:
             part.z = part.slope = None
