@@ -141,13 +141,13 @@ class Field:
         return self._subsets != "pad"
 
     def on(self, rows: Tensor | None) -> Field | _Part:
-        """F for the samples `rows` (ascending indices) only."""
+        """The field for the samples `rows` (ascending indices) only."""
         if rows is None:
             return self
         return _Part(self, rows, padded=not self.can_shrink())
 
     def _args_of(self, rows: Tensor):
-        """args for some of the samples."""
+        """The args for some of the samples."""
         leaves, tree = pytree.tree_flatten(self.args)
         picked = [x.index_select(0, rows) if i in self._own else x for i, x in enumerate(leaves)]
         return pytree.tree_unflatten(picked, tree)
