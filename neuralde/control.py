@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from . import algebra
+from .algebra import Algebra, Figure
 
 _FIRST_ERROR = 1e-4  # the error ratio that precedes the first step, and the least one remembered (qoldinit)
 
@@ -59,7 +63,7 @@ class StepControl:
         if not 0.0 < self.factor_min < 1.0 < self.factor_max:
             raise ValueError(f"factor_min and factor_max must enclose 1, got {self.factor_min} and {self.factor_max}")
 
-    def factor(self, ratio: Tensor, previous: Tensor, accept: Tensor | None, exponents) -> Tensor:
+    def factor(self, ratio: Figure, previous: Figure, accept: Figure | None, exponents, m: Algebra) -> Figure:
         """What to multiply dt with, [groups].
 
         Args:
@@ -67,28 +71,29 @@ class StepControl:
                 accepted step, [groups].
             accept: [groups], or None where all were accepted.
             exponents: (beta1, beta2), of `exponents`.
+            m: of the figures.
         """
         beta1, beta2 = exponents
-        shrink = ratio.pow(-beta1).mul_(self.safety)
-        grow = (shrink * previous.pow(beta2)).clamp_(self.factor_min, self.factor_max)
+        shrink = m.power(ratio, -beta1) * self.safety
+        grow = m.clamp(shrink * m.power(previous, beta2), self.factor_min, self.factor_max)
         if accept is None:
             return grow
         # Bounded above too: a finished sample makes zero steps without error, and 0 · inf is no step size.
-        return torch.where(accept, grow, shrink.clamp_(self.factor_min, self.factor_max))
+        return m.where(accept, grow, m.clamp(shrink, self.factor_min, self.factor_max))
 
     def exponents(self, order: int, tuned: tuple[float, float] | None) -> tuple[float, float]:
         """(beta1, beta2) for a method of that order, with exponents of its own or None."""
         general = tuned or (0.7 / order, 0.4 / order)
         return tuple(g if own is None else own for own, g in zip((self.beta1, self.beta2), general, strict=True))
 
-    def remember(self, ratio: Tensor, previous: Tensor, accept: Tensor | None) -> Tensor:
+    def remember(self, ratio: Figure, previous: Figure, accept: Figure | None, m: Algebra) -> Figure:
         """The error ratio that the next attempt compares with, [groups]; arguments as `factor`'s."""
-        kept = ratio.clamp(min=_FIRST_ERROR)
-        return kept if accept is None else torch.where(accept, kept, previous)
+        kept = m.clamp(ratio, _FIRST_ERROR)
+        return kept if accept is None else m.where(accept, kept, previous)
 
-    def first_memory(self, like: Tensor) -> Tensor:
+    def first_memory(self, like: Figure, m: Algebra) -> Figure:
         """What `previous` is before the first step."""
-        return torch.full_like(like, _FIRST_ERROR)
+        return m.full(_FIRST_ERROR, like)
 
 
 _PRESETS = {"per_sample": StepControl(per_sample=True), "joint": StepControl(per_sample=False)}
@@ -125,15 +130,50 @@ def rms(x: Tensor, joint: bool) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1).div(x.shape[1] ** 0.5)
 
 
-def error_ratio(error: Tensor, z: Tensor, z_end: Tensor, rtol: float, atol: float, joint: bool) -> Tensor:
-    """RMS of error / (atol + rtol·max(|z|, |z_end|)): accepted up to 1. [batch], or [1] when joint."""
-    scale = torch.maximum(z.abs(), z_end.abs()).mul(rtol).add(_floor(atol, z))
-    return rms(error / scale, joint)
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """How large an error is beside the tolerance: what the controller compares with 1.
 
+    Attributes:
+        rtol, atol: numbers, or tensors [1 or batch, features].
+        joint: one figure for the batch, or one per sample.
+        measure: of an error over its tolerance, [samples, features] -> [groups]; None for `rms`.
+    """
 
-def _floor(atol: float, z: Tensor) -> float:
-    """atol, but never 0: a component that is and stays 0 has no error, not 0/0."""
-    return max(atol, torch.finfo(z.dtype).tiny)
+    rtol: float | Tensor
+    atol: float | Tensor
+    joint: bool
+    measure: Callable[[Tensor], Tensor] | None = None
+
+    def on(self, rows: Tensor | None) -> Norm:
+        """The norm for some of the samples."""
+
+        def pick(x):
+            return x.index_select(0, rows) if isinstance(x, Tensor) and len(x) > 1 else x
+
+        return self if rows is None else replace(self, rtol=pick(self.rtol), atol=pick(self.atol))
+
+    @property
+    def plain(self) -> bool:
+        """Whether tolerances are numbers and the measure is RMS."""
+        return self.measure is None and not isinstance(self.rtol, Tensor) and not isinstance(self.atol, Tensor)
+
+    def scale(self, size: Tensor) -> Tensor:
+        """Atol + rtol·size."""
+        return size * self.rtol + self.floor(size)
+
+    def floor(self, like: Tensor) -> float | Tensor:
+        """atol, but never 0: a component that is and stays 0 has no error, not 0/0."""
+        tiny = torch.finfo(like.dtype).tiny
+        return self.atol.clamp(min=tiny) if isinstance(self.atol, Tensor) else max(self.atol, tiny)
+
+    def of(self, scaled: Tensor) -> Tensor:
+        """The size of an error over its tolerance, [groups]."""
+        return rms(scaled, self.joint) if self.measure is None else self.measure(scaled)
+
+    def ratio(self, error: Tensor, z: Tensor, z_end: Tensor) -> Tensor:
+        """The size of error / (atol + rtol·max(|z|, |z_end|)): accepted up to 1. [groups]."""
+        return self.of(error / self.scale(torch.maximum(z.abs(), z_end.abs())))
 
 
 def stiffness(pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor, joint: bool) -> Tensor:
@@ -159,25 +199,26 @@ def quotient(difference: Tensor, distance: Tensor, dt: Tensor) -> Tensor:
 
 
 class Judge:
-    """`error_ratio` and the norms of `stiffness` for attempts without a tape: one reduction over one buffer.
+    """`Norm.ratio` and the norms of `stiffness` for attempts without a tape: one reduction over one buffer.
 
     Args:
-        z: a state of the shape to be judged, [batch, features].
+        z: a state of the shape to be judged, [samples, features].
         estimates: whether steps carry an error estimate, and whether a stiffness pair.
+        norm: of these samples.
     """
 
-    def __init__(self, z: Tensor, estimates: tuple[bool, bool], rtol: float, atol: float, joint: bool):
+    def __init__(self, z: Tensor, estimates: tuple[bool, bool], norm: Norm):
         has_error, has_pair = estimates
-        count = has_error + 2 * has_pair
-        self.has_error, self.has_pair = has_error, has_pair
-        self.buffer = z.new_empty(count, *z.shape)
+        self.has_error, self.has_pair, self.norm = has_error, has_pair, norm
+        self.buffer = z.new_empty(has_error + 2 * has_pair, *z.shape)
         self.rows = self.buffer.unbind(0)
-        self.flat = self.buffer.flatten(1) if joint else self.buffer
+        self.flat = self.buffer.flatten(1) if norm.joint else self.buffer
         # The norm's 1/√n goes into the scale: one pass less.
-        root = (z.numel() if joint else z.shape[1]) ** 0.5
-        self.root, self.joint = root, joint
-        self.rtol = rtol * root
-        self.atol = torch.tensor(_floor(atol, z) * root, dtype=z.real.dtype, device=z.device)
+        self.root = (z.numel() if norm.joint else z.shape[1]) ** 0.5
+        self.plain = norm.plain
+        if self.plain:
+            self.rtol = norm.rtol * self.root
+            self.atol = torch.tensor(norm.floor(z.real) * self.root, dtype=z.real.dtype, device=z.device)
         self.magnitude = None
 
     def __call__(self, step, z: Tensor) -> Tensor | None:
@@ -191,43 +232,51 @@ class Judge:
         if self.has_error:
             before = self.magnitude if self.magnitude is not None else z.abs()
             self.after = step.z.abs()
-            scale = torch.add(self.atol, torch.maximum(before, self.after), alpha=self.rtol)
+            largest = torch.maximum(before, self.after)
+            if self.plain:
+                scale = torch.add(self.atol, largest, alpha=self.rtol)
+            else:
+                scale = self.norm.scale(largest) * self.root
             torch.div(step.error, scale, out=self.rows[0])
         if self.has_pair:
             slope_x, slope_y, x, y = step.pair
             torch.sub(slope_x, slope_y, out=self.rows[-2])
             torch.sub(x, y, out=self.rows[-1])
-        return torch.linalg.vector_norm(self.flat, dim=-1, keepdim=self.joint)
+        figures = torch.linalg.vector_norm(self.flat, dim=-1, keepdim=self.norm.joint)
+        if self.has_error and self.norm.measure is not None:
+            figures[0] = self.norm.measure(self.rows[0] * self.root)
+        return figures
 
     def advance(self, everyone: bool) -> None:
         """Remembers |z| of an attempt that every sample accepted: the next one starts there."""
         self.magnitude = self.after if everyone and self.has_error else None
 
 
-def initial_step(
-    f, t: Tensor, z: Tensor, slope: Tensor, horizon: Tensor, order: int, rtol: float, atol: float, joint: bool
-) -> Tensor:
-    """The automatic first step, signed, [groups]. Costs one evaluation of f beside the given slope.
+def initial_step(f, t: Tensor, z: Tensor, slope: Tensor, span: Figure, order: int, norm: Norm) -> Figure:
+    """The automatic first step, [groups]; always positive. Costs one evaluation of f beside the given slope.
 
     Args:
         f: the vector field.
         t, z, slope: where the solve starts, and f there.
-        horizon: t1 - t0, signed, [groups]: the direction and the largest step.
+        span: t1 - t0, signed, [groups]: the direction and the largest step.
         order: of the solver; the exponent is 1/order.
+        norm: of the samples.
 
     Source: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, with OrdinaryDiffEq.jl's norms and exponent.
     """
-    longest, direction = horizon.abs(), horizon.sign()
-    scale = z.abs().mul(rtol).add(_floor(atol, z))
-    size, speed = rms(z / scale, joint), rms(slope / scale, joint)
-    trial = torch.where(torch.minimum(size, speed) < 1e-5, 1e-6, 0.01 * size / speed).minimum(longest)
-    if atol == 0.0:
-        trial = torch.where(trial > 0, trial, 1e-6).minimum(longest)  # an infinite speed where z is 0
-    step = (trial * direction)[:, None]
-    bend = rms((f(f.times(t + step[:, 0])[0], z + step.to(z.real.dtype) * slope) - slope) / scale, joint) / trial
-    sharpest = torch.maximum(speed, bend)
-    flat = sharpest <= 1e-15
-    best = torch.where(flat, (trial * 1e-3).clamp(min=1e-6), (0.01 / torch.where(flat, 1.0, sharpest)).pow(1.0 / order))
-    chosen = torch.where(bend == 0, 100 * trial, torch.minimum(100 * trial, best)).minimum(longest)
+    m = algebra.of(norm.joint)
+    longest = abs(span)
+    scale = norm.scale(z.abs())
+    size, speed = m.read(norm.of(z / scale)), m.read(norm.of(slope / scale))
+    still = m.minimum(size, speed) < 1e-5
+    trial = m.minimum(m.where(still, m.full(1e-6, size), m.divide(0.01 * size, speed)), longest)
+    trial = m.where(trial > 0, trial, m.minimum(m.full(1e-6, size), longest))  # an infinite speed where z is 0
+    step = m.tensor(m.where(span < 0, -trial, trial), t)
+    moved = f(f.times(t + step)[0], z + step[:, None].to(z.real.dtype) * slope)
+    bend = m.divide(m.read(norm.of((moved - slope) / scale)), trial)
+    sharpest = m.maximum(speed, bend)
+    best = m.power(m.divide(m.full(0.01, size), sharpest), 1.0 / order)
+    best = m.where(sharpest <= 1e-15, m.clamp(trial * 1e-3, 1e-6), best)
+    chosen = m.minimum(m.where(bend == 0, 100 * trial, m.minimum(100 * trial, best)), longest)
     # f is not finite at the trial point: start from there, and let the error control shrink further.
-    return torch.where(chosen.isfinite(), chosen, trial) * direction
+    return m.where(bend < math.inf, chosen, trial)

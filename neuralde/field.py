@@ -56,10 +56,12 @@ class Field:
         Args:
             t, dt: [groups]. c: [evaluations, 1]; None for t alone.
         """
+        count = 1 if c is None else c.shape[0]
         if not self.equation.takes_time:
-            return (None,) * (1 if c is None else len(c))
-        stack = t[None] if c is None else torch.addcmul(t, c, dt)
-        return stack.view(len(stack), *self._time_shape).to(self._time_dtype).unbind(0)
+            return (None,) * count
+        stack = t if c is None else torch.addcmul(t, c, dt)
+        stack = stack.view(count, *self._time_shape)
+        return (stack if stack.dtype == self._time_dtype else stack.to(self._time_dtype)).unbind(0)
 
     def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
         """dz/dt for all samples. t: of `times`; z: [batch, features]."""

@@ -18,7 +18,8 @@ class Record:
     Attributes:
         rows: indices of the n samples in the batch, or None for all of them.
         accepted: [n], or None where every sample of the batch was accepted.
-        t, dt, t_end: [groups].
+        t, dt: [groups].
+        t_end: the same, or a number where there is one group.
         z: [n, features], the state at t.
         figures: of `control.Judge`, [1 to 3, groups], or None where the solver reports nothing.
         lens: on a tape, what error and stiffness can be differentiated from: (error vector, z at the end, pair).
@@ -29,7 +30,7 @@ class Record:
     accepted: Tensor | None
     t: Tensor
     dt: Tensor
-    t_end: Tensor
+    t_end: Tensor | float
     z: Tensor
     figures: Tensor | None
     lens: tuple | None = None
@@ -70,9 +71,12 @@ class Grid:
             self._step, self._sample = step[self._order], samples[self._order]
             self.sizes = torch.bincount(step).tolist()
             self.rows = [None if len(rows) == batch else rows for rows in self._sample.split(self.sizes)]
-        self.t, self.dt, self.t_end = (
-            self.split(self.gather([getattr(r, name) for r in records], times)) for name in ("t", "dt", "t_end")
-        )
+        self.t, self.dt = (self.split(self.gather([getattr(r, name) for r in records], times)) for name in ("t", "dt"))
+        ends = [r.t_end for r in records]
+        if joint and ends:
+            self.t_end = self.split(torch.tensor(ends, dtype=times.dtype, device=device))
+        else:
+            self.t_end = self.split(self.gather(ends, times))
         # States are packed when they are first asked for: "direct" has them on its tape and rarely asks.
         self._unpacked, self._like = [r.z for r in records], like
         self._flat_z = self._z = None

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from . import algebra, solvers
 from . import control as _control
-from . import solvers
 from .adjoints.base import Outcome
 from .control import StepControl
 from .equations import ODE
@@ -117,8 +117,7 @@ def probe(
         solver=solvers.get(solver),
         control=control,
         times=torch.stack([t, end]),
-        rtol=rtol,
-        atol=atol,
+        norm=_control.Norm(rtol, atol, joint),
         dt0=None,
         max_steps=1,
         keep_stages=False,
@@ -179,9 +178,9 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
     with full_precision(z.device):
         if dt is None:
             with torch.no_grad():
-                dt = _control.initial_step(
-                    p.field, t, z.detach(), slope.detach(), p.span, solver.order, p.rtol, p.atol, p.joint
-                )
+                span = algebra.of(p.joint).read(p.span)
+                dt = _control.initial_step(p.field, t, z.detach(), slope.detach(), span, solver.order, p.norm)
+                dt = torch.as_tensor(dt).to(t) * p.span.sign()
         step = solver.step(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
         error = raw = stiffness = None
         if step.error is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import control as _control
-from .control import StepControl
+from .control import Norm, StepControl
 from .field import Field
 from .solvers import Solver
 
@@ -20,7 +20,7 @@ class Problem:
         field, solver, control: what is stepped, with what, and how.
         times: [times, groups]: where the solve starts, its outputs, and where it ends. One column where all samples
             share them and control is joint.
-        rtol, atol: tolerances.
+        norm: how large an error is, with the tolerances.
         dt0: first (or fixed) step size, positive, or None for the automatic one.
         max_steps: attempts per sample.
         keep_stages: whether to keep every accepted step's stages, so that `solution(t)` need not call f.
@@ -30,8 +30,7 @@ class Problem:
     solver: Solver
     control: StepControl
     times: Tensor
-    rtol: float
-    atol: float
+    norm: Norm
     dt0: float | None
     max_steps: int
     keep_stages: bool
@@ -66,7 +65,7 @@ class Problem:
 
     def ratio(self, error: Tensor, z: Tensor, z_end: Tensor) -> Tensor:
         """What the controller compares with 1, [groups]."""
-        return _control.error_ratio(error, z, z_end, self.rtol, self.atol, self.joint)
+        return self.norm.ratio(error, z, z_end)
 
     def stiffness(self, pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor) -> Tensor:
         """The stiffness estimate, [groups]."""

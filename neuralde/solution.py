@@ -116,7 +116,7 @@ class Solution:
         self.status = trajectory.status.expand(batch)
         self._calls = problem.field.calls
         self.solver, self.control = problem.solver, problem.control
-        self.rtol, self.atol = problem.rtol, problem.atol
+        self.rtol, self.atol = problem.norm.rtol, problem.norm.atol
 
     @functools.cached_property
     def stats(self) -> Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ class Layout:
         flat = self.pack(z0)
         # A copy: what the caller does to z0 afterwards must not reach the grid.
         flat = flat.clone() if flat.dtype == self.work_dtype else flat.to(self.work_dtype)
-        if not bool(torch.isfinite(flat.detach()).all()):
+        if not all_finite(flat):
             bad = (~torch.isfinite(flat.detach()).all(dim=1)).nonzero().flatten().tolist()
             few = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise ValueError(f"z0 must be finite, but samples {few} hold NaN or infinity")
@@ -140,6 +141,13 @@ class Layout:
             if leaf.device != self.device:
                 raise ValueError(f"f must return dz/dt on the device of z, {self.device}, got {leaf.device}")
         return self.pack(dz)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity."""
+    x = x.detach()
+    # A finite sum says so in one pass; an infinite one may have overflowed.
+    return math.isfinite(abs(x.sum().item())) or bool(torch.isfinite(x).all())
 
 
 def _lead_pattern(rank: int) -> str:

@@ -166,7 +166,7 @@ class _Buffer:
         self.rows = self.stack.view(-1, *z.shape).unbind(0)
         # [batch·features, i] views: a combination is one matrix-vector product.
         columns = self.stack.t()
-        self.prefix = [columns[:, :i] for i in range(stages + 2)]
+        self.prefix = [None, None, *(columns[:, :i] for i in range(2, stages + 2))]
         self.shape, self.stages = z.shape, stages
 
     def start(self, z: Tensor, dt: Tensor):
