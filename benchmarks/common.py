@@ -236,7 +236,15 @@ def parser(text: str) -> argparse.ArgumentParser:
     return made
 
 
-def write(folder: Path, name: str, rows: list[dict], threads: str, notes: list[str], peers: tuple[str, ...] = ()):
+def write(
+    folder: Path,
+    name: str,
+    rows: list[dict],
+    threads: str,
+    notes: list[str],
+    peers: tuple[str, ...] = (),
+    fine: list[dict] | None = None,
+):
     """Writes NAME.csv, every digit, and NAME.md, for people; and prints the latter.
 
     Args:
@@ -245,12 +253,14 @@ def write(folder: Path, name: str, rows: list[dict], threads: str, notes: list[s
         threads: how many, in words.
         notes: lines to go under the table.
         peers: distributions whose versions matter, beside torch.
+        fine: rows of the .csv, where the table is a summary.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    fine = rows if fine is None else fine
     with (folder / f"{name}.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
+        table = csv.DictWriter(file, fieldnames=list(fine[0]))
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(fine)
     lines = [f"# {name}", "", *_header(threads, peers), "", *_table(rows), "", *(f"- {note}" for note in notes)]
     text = "\n".join(lines) + "\n"
     (folder / f"{name}.md").write_text(text)

@@ -13,6 +13,7 @@ from .errors import (
     Status,
     StepSizeUnderflow,
 )
+from .events import Event, Occurrences
 from .introspection import probe
 from .layers import AppendTime, NeuralODE, TimeChain
 from .solution import Solution, Statistics, Steps
@@ -21,11 +22,13 @@ from .solve import solve
 __all__ = [
     "ODE",
     "AppendTime",
+    "Event",
     "MaxStepsReached",
     "NeuralDEError",
     "NeuralODE",
     "NonFiniteState",
     "NotConverged",
+    "Occurrences",
     "Solution",
     "SolveWarning",
     "Statistics",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import algebra
 from .algebra import Algebra, Figure
+from .state import Layout
 
 _FIRST_ERROR = 1e-4  # the error ratio that precedes the first step, and the least one remembered (qoldinit)
 
@@ -34,6 +37,9 @@ class StepControl:
         safety, factor_min, factor_max: as above.
         beta1, beta2: exponents; None means 7/(10 p) and 2/(5 p) for a method of order p, and 0.17 and 0.04 for
             dopri5. 1/p and 0 make it the integral controller of torchdiffeq and torchdyn.
+        norm: how errors are measured instead of in RMS: a function of the error over its tolerance, in the structure of
+            the state, that returns one number per sample, [batch], or one for the batch under joint control. A seminorm
+            looks at some components only. None is RMS.
 
     Raises:
         ValueError: safety, factor_min or factor_max is out of range.
@@ -49,6 +55,7 @@ class StepControl:
     factor_max: float = 10.0
     beta1: float | None = None
     beta2: float | None = None
+    norm: Callable | None = None
 
     def __post_init__(self):
         for name in ("per_sample", "adaptive"):
@@ -58,6 +65,8 @@ class StepControl:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be from 0 to 1, or None, got {value}")
+        if self.norm is not None and not callable(self.norm):
+            raise TypeError(f"norm must be a callable or None, got {type(self.norm).__name__}")
         if not 0.0 < self.safety <= 1.0:
             raise ValueError(f"safety must be in (0, 1], got {self.safety}")
         if not 0.0 < self.factor_min < 1.0 < self.factor_max:
@@ -114,13 +123,54 @@ def get(control: str | StepControl) -> StepControl:
     return _PRESETS[control]
 
 
-def check_tolerances(rtol, atol) -> None:
-    """Raises TypeError or ValueError unless rtol > 0 and atol ≥ 0 are finite numbers."""
-    for name, value, strict in (("rtol", rtol, True), ("atol", atol, False)):
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not (value > 0.0 if strict else value >= 0.0) or not math.isfinite(value):
-            raise ValueError(f"{name} must be finite and {'positive' if strict else 'at least 0'}, got {value}")
+def norm(rtol, atol, control: StepControl, layout: Layout) -> Norm:
+    """How a solve's errors are measured.
+
+    Args:
+        rtol, atol: numbers; tensors that broadcast to the state or to one sample; or either in the state's structure.
+
+    Raises:
+        TypeError, ValueError: a tolerance is wrong; the message names it.
+    """
+    packed = [_tolerance(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))]
+    joint = not control.per_sample
+    measure = None if control.norm is None else functools.partial(_measure, control.norm, layout, joint)
+    return Norm(*packed, joint, measure)
+
+
+def check_tolerance(name: str, value: float) -> float:
+    """The value, if it is a tolerance of that name ("rtol" or "atol").
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value}")
+    if not (value > 0.0 if name == "rtol" else value >= 0.0) or not math.isfinite(value):
+        raise ValueError(f"{name} must be finite and {'positive' if name == 'rtol' else 'at least 0'}, got {value}")
+    return float(value)
+
+
+def _tolerance(name: str, value, layout: Layout) -> float | Tensor:
+    strict = name == "rtol"
+    if isinstance(value, numbers.Real):
+        return check_tolerance(name, value)
+    packed = layout.pack_figures(name, value)
+    if not bool((packed >= 0.0).all()) or (strict and not bool(torch.isfinite(packed).all())):
+        bad = packed[~(packed >= 0.0)].tolist() or packed[packed.isinf()].tolist()
+        raise ValueError(f"{name} must be {'finite and ' if strict else ''}at least 0 everywhere, but holds {bad[0]}")
+    return packed
+
+
+def _measure(measure: Callable, layout: Layout, joint: bool, scaled: Tensor) -> Tensor:
+    """A user's norm of an error over its tolerance, [groups]."""
+    found = measure(layout.unpack(scaled))
+    wanted = 1 if joint else len(scaled)
+    if not isinstance(found, Tensor) or found.numel() != wanted or found.is_complex():
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        what = "one real number for the batch" if joint else f"one real number per sample, [{wanted}]"
+        raise ValueError(f"norm must return {what}, got {got}")
+    return found.reshape(wanted)
 
 
 def rms(x: Tensor, joint: bool) -> Tensor:
@@ -198,17 +248,38 @@ def quotient(difference: Tensor, distance: Tensor, dt: Tensor) -> Tensor:
     return torch.where(moving, difference / torch.where(moving, bottom, 1.0), 0.0)
 
 
+class Reporting(Protocol):
+    """What a solver says of its own figures: see `solvers.Solver`."""
+
+    error_order: int | None
+    reports_stiffness: bool
+    linearizes: bool
+
+
+def reported(figures: Tensor, dt: Tensor, solver: Reporting) -> tuple[Tensor | None, Tensor | None]:
+    """(error ratio, stiffness) in the figures of a `Judge`, each [groups], or None where the solver has none.
+
+    Args:
+        figures: [1 to 3, groups]. dt: of the attempts, [groups].
+    """
+    error = None if solver.error_order is None else figures[0]
+    if not solver.reports_stiffness:
+        return error, None
+    return error, figures[-1] if solver.linearizes else quotient(figures[-2], figures[-1], dt)
+
+
 class Judge:
     """`Norm.ratio` and the norms of `stiffness` for attempts without a tape: one reduction over one buffer.
 
     Args:
         z: a state of the shape to be judged, [samples, features].
-        estimates: whether steps carry an error estimate, and whether a stiffness pair.
+        solver: what makes the steps.
         norm: of these samples.
     """
 
-    def __init__(self, z: Tensor, estimates: tuple[bool, bool], norm: Norm):
-        has_error, has_pair = estimates
+    def __init__(self, z: Tensor, solver: Reporting, norm: Norm):
+        has_error, self.has_stiffness = solver.error_order is not None, solver.reports_stiffness and solver.linearizes
+        has_pair = solver.reports_stiffness and not solver.linearizes
         self.has_error, self.has_pair, self.norm = has_error, has_pair, norm
         self.buffer = z.new_empty(has_error + 2 * has_pair, *z.shape)
         self.rows = self.buffer.unbind(0)
@@ -222,13 +293,16 @@ class Judge:
         self.magnitude = None
 
     def __call__(self, step, z: Tensor) -> Tensor | None:
-        """The error ratio and the norms of dt·(f(x) - f(y)) and x - y, as far as reported, [1 to 3, groups].
+        """The error ratio, and the norms of dt·(f(x) - f(y)) and x - y or the stiffness: what is reported of them.
 
         Args:
             step: the attempt. z: where it started.
+
+        Returns:
+            [1 to 3, groups], or None where nothing is reported. See `reported`.
         """
         if not self.rows:
-            return None
+            return step.stiffness[None] if self.has_stiffness else None
         if self.has_error:
             before = self.magnitude if self.magnitude is not None else z.abs()
             self.after = step.z.abs()
@@ -245,7 +319,7 @@ class Judge:
         figures = torch.linalg.vector_norm(self.flat, dim=-1, keepdim=self.norm.joint)
         if self.has_error and self.norm.measure is not None:
             figures[0] = self.norm.measure(self.rows[0] * self.root)
-        return figures
+        return torch.cat([figures, step.stiffness[None]]) if self.has_stiffness else figures
 
     def advance(self, everyone: bool) -> None:
         """Remembers |z| of an attempt that every sample accepted: the next one starts there."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from . import algebra
 from . import control as _control
 from .algebra import Algebra, Figure
 from .errors import Status
+from .events import Hits
 from .grid import Record
 from .problem import Problem
+from .solvers import Past, Solver, Step, VectorField, Work
 from .state import all_finite
 from .trajectory import Trajectory
 
@@ -30,17 +33,39 @@ _LEAST = 1e-25  # of the horizon: steps below would take forever
 
 
 @dataclass
-class _Lane:
-    """The samples that are still in the batch, with their control state: figures [groups], but z, slope and last.
+class _Tools:
+    """What the samples of a lane step with."""
 
-    Times run forward in here, whatever the direction of the solve: s = direction·t. `last` has what a failed sample's
-    last attempt was: its step size and the judge's figures, [4, groups]; None while none has failed.
+    solver: Solver
+    f: VectorField
+    memory: Any
+    judge: _control.Judge
+    exponents: tuple[float, float]
+    since: int  # the attempt at which the lane was put together
+
+
+# Tensors of a lane whose samples don't lie along the first dimension.
+_WIDE = ("last", "linear", "interior", "stops", "signs", "past_slopes", "past_dt")
+# Those that are None until there is something in them: what they hold then, and for how many rows.
+_KEPT_LATE = {"last": (float("nan"), 3), "linear": (0, 3)}
+
+
+@dataclass
+class _Lane:
+    """Samples that step with one method, with their control state: figures [groups], but for the tensors.
+
+    Times run forward in here, whatever the direction of the solve: s = direction·t. s1 is the end of the horizon, stop
+    the next time at which a step has to end. `last` has what a failed sample's last attempt was: its step size, error
+    ratio and stiffness, [3, groups]; None while none has failed. Where steps differ in their work, `calls` counts
+    evaluations of f, and `linear` Jacobians, factorizations and linear solves, [3, groups].
     """
 
     m: Algebra
+    part: int
     rows: Tensor | None
     s: Figure
     s1: Figure
+    stop: Figure
     h: Figure
     z: Tensor
     slope: Tensor | None
@@ -48,21 +73,57 @@ class _Lane:
     live: Figure
     accepted: Figure
     rejected: Figure
+    calls: Figure
+    linear: Tensor | None
     status: Figure
     failed_at: Figure
     last: Tensor | None
     start: Figure
     direction: Figure | None
     interior: Tensor | None
+    stops: Tensor | None
+    counter: Figure
+    past_slopes: Tensor | None
+    past_dt: Tensor | None
+    signs: Tensor | None
+    ended: Tensor | None
+    unfinished: int = 0
+    leaving: Figure | None = None
+    latest: tuple = (None, None)
+    tools: _Tools | None = None
 
     def keep(self, index: Tensor) -> _Lane:
         """The same for some of the samples."""
-        kept = {}
-        for name, value in vars(self).items():
-            wide = name == "last" or (name == "interior" and value is not None and value.shape[1] > 1)
-            kept[name] = value.index_select(int(wide), index) if isinstance(value, Tensor) else value
+        kept = {
+            name: value.index_select(int(name in _WIDE), index) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
         kept["rows"] = index if self.rows is None else self.rows.index_select(0, index)
+        figures, h = self.latest
+        kept["latest"] = (figures if figures is None else figures.index_select(1, index)), h.index_select(0, index)
         return _Lane(**kept)
+
+    def join(self, other: _Lane) -> _Lane:
+        """The samples of both, in ascending order."""
+        joined = {}
+        for name, value in vars(self).items():
+            more = getattr(other, name)
+            if name in _KEPT_LATE and (value is None) != (more is None):
+                fill, rows = _KEPT_LATE[name]
+                value, more = (
+                    lane.s.new_full((rows, len(lane.s)), fill, dtype=(more if x is None else value).dtype)
+                    if x is None
+                    else x
+                    for x, lane in ((value, self), (more, other))
+                )
+            both = isinstance(value, Tensor) and isinstance(more, Tensor)
+            joined[name] = torch.cat([value, more], dim=int(name in _WIDE)) if both else value
+        joined["latest"] = None, torch.cat([self.latest[1], other.latest[1]])
+        whole, order = _Lane(**joined), torch.argsort(joined["rows"])
+        rows = whole.rows.index_select(0, order)
+        whole = whole.keep(order)
+        whole.rows = rows
+        return whole
 
     def tensors(self, like: Tensor) -> _Lane:
         """The same with every figure a tensor. like: of the dtype and device of times."""
@@ -70,7 +131,9 @@ class _Lane:
             return self
         count = torch.zeros_like(like, dtype=torch.int64)
         figures = {name: self.m.tensor(getattr(self, name), like) for name in ("s", "s1", "h", "failed_at")}
-        counts = {name: self.m.tensor(getattr(self, name), count) for name in ("accepted", "rejected", "status")}
+        counts = {
+            name: self.m.tensor(getattr(self, name), count) for name in ("accepted", "rejected", "calls", "status")
+        }
         return replace(self, **figures, **counts)
 
     def signed(self, x: Figure) -> Figure:
@@ -84,19 +147,28 @@ class _Lane:
             return t, dt
         return torch.tensor(((t,), (dt,)), dtype=like.dtype, device=like.device).unbind(0)
 
+    def count(self, work: Work):
+        """Adds what an attempt cost to what its samples have cost so far."""
+        nfe, *linear = work
+        self.calls = self.calls + (self.m.read(nfe) if isinstance(nfe, Tensor) else nfe) * self.live
+        live = self.m.tensor(self.live, self.z)
+        more = torch.stack([torch.as_tensor(x, device=live.device).expand(live.shape) * live for x in linear])
+        self.linear = more if self.linear is None else self.linear + more
+
     def fail(self, which: Figure, figures: Tensor | None, h: Figure):
         """Ends samples where they are: they have no horizon left, so that their steps are zero.
 
         f is called for them as long as they are in the batch.
         """
         m = self.m
-        attempt = m.tensor(h, self.z.real)[None]
-        attempt = attempt if figures is None else torch.cat([attempt, figures])
-        attempt = torch.cat([attempt, attempt.new_full((4 - len(attempt), attempt.shape[1]), float("nan"))])
+        dt = m.tensor(h, self.z.real)
+        known = (None, None) if figures is None else _control.reported(figures, dt, self.tools.solver)
+        attempt = torch.stack([dt, *(torch.full_like(dt, float("nan")) if x is None else x.to(dt) for x in known)])
         self.last = attempt if self.last is None else torch.where(m.tensor(which, attempt), attempt, self.last)
         self.failed_at = m.where(which, self.s, self.failed_at)
         self.live = self.live & m.invert(which)
         self.s1 = m.where(which, self.s, self.s1)
+        self.stop = m.where(which, self.s, self.stop)
         if m.count(self.live):
             self.z, self.slope = self.safe(m.invert(which))
 
@@ -132,16 +204,18 @@ def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -
 class _Discovery:
     def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, taped: bool):
         self.problem, self.taped, self.z0 = problem, taped, z0
-        self.solver, self.control = problem.solver, problem.control
-        self.close = problem.interior is not None or problem.keep_stages
+        self.solver, self.control, self.watch = problem.solver, problem.control, problem.watch
+        self.close = problem.interior is not None or problem.keep_stages or problem.watch is not None
+        self.switching = len(self.solver.parts) > 1
+        self.bounded = problem.dt_min is not None or problem.dt_max is not None
         self.records: list[Record] = []
         self.parts: list[_Lane] = []  # lanes whose samples left the batch
         self.outputs: list[tuple[Tensor, Tensor | None, Tensor]] = []  # (point, sample, value)
-        self.exponents = self.control.exponents(self.solver.order, self.solver.exponents)
+        self.hits: list[tuple[Tensor, ...]] = []  # (event, sample, step, theta, t, z, speed, terminal)
         self.like = problem.start
         self.eps = 4 * torch.finfo(self.like.dtype).eps  # below this step size s + h is s
         self.attempts = 0
-        self._enter(self._lane(slope))
+        self.lanes = [self._enter(self._lane(slope))]
 
     def _lane(self, slope: Tensor) -> _Lane:
         """All samples at the start."""
@@ -155,113 +229,176 @@ class _Discovery:
             h = m.full(p.dt0, t)
         else:
             with torch.no_grad():
-                h = _control.initial_step(
-                    p.field, p.start, self.z0.detach(), slope.detach(), t1 - t, self.solver.order, p.norm
-                )
-        return _Lane(
+                order = self.solver.parts[0].order
+                h = _control.initial_step(p.field, p.start, self.z0.detach(), slope.detach(), t1 - t, order, p.norm)
+        past = self.z0.new_zeros(self.solver.history, *self.z0.shape) if self.solver.history else None
+        lane = _Lane(
             m=m,
+            part=0,
             rows=None,
             s=s,
             s1=s1,
-            h=h,
+            stop=s1,
+            h=m.clamp(h, p.dt_min, p.dt_max) if self.bounded else h,
             z=self.z0,
             slope=slope,
             previous=self.control.first_memory(t, m),
             live=m.full(True, t),
             accepted=count,
             rejected=count,
+            calls=count,
+            linear=None,
             status=count,
             failed_at=s,
             last=None,
             start=s,
             direction=direction,
             interior=p.interior if direction is None or p.interior is None else p.interior * direction,
+            stops=None,
+            counter=count,
+            past_slopes=past,
+            past_dt=None if past is None else torch.ones_like(p.start).expand(len(past), -1),
+            signs=None,
+            ended=None,
+            unfinished=self.like.shape[0],
+            latest=(None, h),
         )
+        if p.stops is not None:
+            self._set_stops(lane)
+        if self.watch is not None:
+            with torch.no_grad():
+                lane.signs = torch.sign(self.watch.start(p.start, self.z0))
+            lane.ended = torch.zeros(len(self.z0), dtype=torch.bool, device=self.z0.device)
+        return lane
 
-    def _enter(self, lane: _Lane):
-        """Makes what depends on the number of samples in the lane."""
-        p = self.problem
-        self.lane, self.f, self.entered = lane, p.field.on(lane.rows), self.attempts
-        self.memory = self.solver.memory(lane.z, self.taped)
-        estimates = self.solver.error_order is not None, self.solver.reports_stiffness
-        self.judge = _control.Judge(lane.z.detach(), estimates, p.norm.on(lane.rows))
+    def _enter(self, lane: _Lane) -> _Lane:
+        """Makes what depends on the samples in the lane and on their method."""
+        p, solver = self.problem, self.solver.parts[lane.part]
+        lane.tools = _Tools(
+            solver=solver,
+            f=p.field.on(lane.rows),
+            memory=solver.memory(lane.z, self.taped),
+            judge=_control.Judge(lane.z.detach(), solver, p.norm.on(lane.rows)),
+            exponents=self.control.exponents(solver.order, solver.exponents),
+            since=self.attempts,
+        )
+        return lane
 
     def run(self) -> Trajectory:
-        unfinished = self.like.shape[0]
-        if not all_finite(self.lane.slope):
-            unfinished = self._fail_at_start(self.lane)
-        self.latest = None, self.lane.h
-        while unfinished and self.attempts < self.problem.max_steps:
-            if self._worth_compacting(unfinished):
-                self._compact(self.lane)
+        if not all_finite(self.lanes[0].slope):
+            self._fail_at_start(self.lanes[0])
+        while self.attempts < self.problem.max_steps:
+            busy = [lane for lane in self.lanes if lane.unfinished]
+            if not busy:
+                break
             self.attempts += 1
-            unfinished = self._attempt(self.lane, unfinished)
-        lane = self.lane
-        if unfinished:
-            lane.status = lane.m.where(lane.live, self._code(lane, Status.MAX_STEPS), lane.status)
-            lane.fail(lane.live, *self.latest)
-        self.parts.append(lane)
+            for lane in busy:
+                self._attempt(self._compact(lane) if self._worth_compacting(lane) else lane)
+            if self.switching:
+                self._regroup()
+        for lane in self.lanes:
+            if lane.unfinished:
+                lane.status = lane.m.where(lane.live, self._code(lane, Status.MAX_STEPS), lane.status)
+                lane.fail(lane.live, *lane.latest)
+        self.parts += self.lanes
         return self._trajectory()
 
     # -- one attempt -------------------------------------------------------------------------------------------------
 
-    def _attempt(self, lane: _Lane, unfinished: int) -> int:
-        """Attempts a step of every sample in the lane. Returns how many samples are unfinished after it."""
-        m, adaptive = lane.m, self.control.adaptive
+    def _attempt(self, lane: _Lane):
+        """Attempts a step of every sample in the lane."""
+        m, adaptive, tools, unfinished = lane.m, self.control.adaptive, lane.tools, lane.unfinished
         h, last = self._next(lane)
         t, dt = lane.moment(h, self.like)
-        step = self.solver.step(self.f, t, dt, lane.z, lane.slope, self.memory, close=self.close)
+        step = self._step(lane, t, dt, m.where(last, lane.stop, lane.s + h))
 
         # Judge. NaN is no number below 1: such an attempt is rejected, and retried smaller.
         groups = t.shape[0]
         with torch.no_grad():
-            figures = self.judge(step, lane.z)
+            figures = tools.judge(step, lane.z)
             if adaptive:
                 ratio = m.read(figures[0])
                 ok = ratio <= 1.0
                 ok = ok if unfinished == groups else lane.live & ok
-                s_end = m.where(last, lane.s1, lane.s + h)
+                s_end = m.where(last, lane.stop, lane.s + h)
             else:
+                ratio = None
                 ok = lane.live & m.finite(m.read(step.z.sum()[None] if self.problem.joint else step.z.sum(dim=1)))
-                # By multiplication: 10⁶ additions of dt0 would lose digits of t.
-                s_end = m.where(last, lane.s1, lane.start + (lane.accepted + 1) * lane.h)
+                s_end = m.where(last, lane.stop, self._fixed_end(lane))
             accepted = m.count(ok)
+        if accepted and not tools.solver.closes:
+            step, ok, ratio = self._closed(lane, t, dt, s_end, ok, step, ratio)
+            accepted = m.count(ok)
+            if ratio is not None:
+                figures = torch.cat([m.tensor(ratio, figures)[None], figures[1:]])
         everyone = accepted == groups == unfinished
+        if self.problem.observer is not None:
+            self._tell(lane, t, dt, ok)
+        if step.work is not None:
+            lane.count(step.work)
+        elif self.switching:
+            lane.calls = lane.calls + tools.solver.calls_per_step * lane.live
 
         # Accept.
+        finished = last if everyone else ok & last
         if accepted:
             if self.taped and not everyone:
                 step = self._without_rejected(lane, t, dt, ok, step)
             self._record(lane, t, dt, s_end, ok, everyone, step, figures)
             if lane.interior is not None:
                 self._collect(lane, h, s_end, ok, step)
-            self._advance(lane, step, s_end, ok, everyone)
-        self.judge.advance(everyone)
+            ended = None if self.watch is None else self._detect(lane, t, dt, s_end, ok, step)
+            self._advance(lane, dt, step, s_end, ok, everyone)
+            if ended is not None:
+                finished = finished | self._end(lane, ended)
+        tools.judge.advance(everyone)
         if accepted < unfinished:
             lane.rejected = lane.rejected + (lane.live & m.invert(ok))
 
         # Choose the next step size.
         if adaptive:
-            judged = None if everyone else ok
-            ratio = ratio if everyone else m.known(ratio)
-            lane.h = h * self.control.factor(ratio, lane.previous, judged, self.exponents, m)
-            lane.previous = self.control.remember(ratio, lane.previous, judged, m)
+            self._resize(lane, h, ratio, None if everyone else ok)
+        if self.switching:
+            lane.counter, lane.leaving = self.solver.route(lane.part, lane.counter, ok, figures, h, m)
 
         # Who has finished, who has failed?
-        finished = last if everyone else ok & last
         arrived = m.count(finished)
         if arrived:
+            finished = finished if lane.stops is None else self._pass_stop(lane, finished)
             lane.live = lane.live & m.invert(finished)
-        self.latest = figures, h
-        if accepted == unfinished and self.attempts % _CHECK_EVERY:
-            return unfinished - arrived
-        self._fail_hopeless(lane, ok, ratio if adaptive else None, figures, h)
-        return m.count(lane.live)
+        lane.latest = figures, h
+        lane.unfinished = unfinished - arrived
+        if accepted < unfinished or lane.stops is not None or self.attempts % _CHECK_EVERY == 0:
+            self._fail_hopeless(lane, ok, ratio, figures, h)
+            lane.unfinished = m.count(lane.live)
+
+    def _step(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure):
+        """The step of the lane's method, unjudged."""
+        solver, f = lane.tools.solver, lane.tools.f
+        if self.problem.jumps is not None:
+            f = self.problem.f(lane.rows, t, lane.m.tensor(lane.signed(s_end), t))
+        past = {"past": Past(lane.past_slopes, lane.past_dt)} if solver.history else {}
+        return solver.attempt(f, t, dt, lane.z, lane.slope, lane.tools.memory, close=self.close, **past)
+
+    def _fixed_end(self, lane: _Lane) -> Figure:
+        """Where a fixed step ends. By multiplication: 10⁶ additions of dt0 would lose digits of t."""
+        if lane.stops is None:
+            return lane.start + (lane.accepted + 1) * lane.h
+        return lane.s + lane.h
+
+    def _resize(self, lane: _Lane, h: Figure, ratio: Figure, ok: Figure | None):
+        """The next step's size. ok: which attempts were accepted, None for all."""
+        m, p = lane.m, self.problem
+        ratio = ratio if ok is None else m.known(ratio)
+        lane.h = h * self.control.factor(ratio, lane.previous, ok, lane.tools.exponents, m)
+        if self.bounded:
+            lane.h = m.clamp(lane.h, p.dt_min, p.dt_max)
+        lane.previous = self.control.remember(ratio, lane.previous, ok, m)
 
     def _next(self, lane: _Lane) -> tuple[Figure, Figure]:
-        """The next step's size, and whether it is the last one: that one ends on s1 exactly."""
+        """The next step's size, and whether it is the last one before a stop: that one ends there exactly."""
         m = lane.m
-        left = lane.s1 - lane.s
+        left = lane.stop - lane.s
         if not self.control.adaptive:
             # A fixed step may be stretched a little, so that rounding leaves no sliver behind.
             last = lane.h * 1.001 >= left
@@ -270,10 +407,35 @@ class _Discovery:
         last = lane.h >= left
         return m.where(last, left, m.minimum(lane.h, 0.5 * left)), last
 
-    def _advance(self, lane: _Lane, step, s_end: Figure, ok: Figure, everyone: bool):
+    def _closed(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step, ratio: Figure):
+        """Accepted steps with the slope at their ends, which the method leaves to the loop.
+
+        Returns:
+            The step; which are accepted still, and the error ratios: infinite where f is not finite at the end.
+        """
+        t_end = lane.m.tensor(lane.signed(s_end), t)
+        z = step.z if not isinstance(ok, Tensor) else torch.where(ok[:, None], step.z, lane.z)
+        f = lane.tools.f if self.problem.jumps is None else self.problem.f(lane.rows, t, t_end)
+        slope = f(f.times(t_end)[0], z)
+        lane.calls = lane.calls + ok
+        step = step._replace(slope_end=slope, stages=lane.tools.solver.finish(step.stages, slope))
+        finite = torch.isfinite(slope.detach())
+        finite = lane.m.read(finite.all()[None] if self.problem.joint else finite.all(dim=1))
+        if ratio is not None:
+            ratio = lane.m.where(ok & lane.m.invert(finite), lane.m.full(float("inf"), ratio), ratio)
+        return step, ok & finite, ratio
+
+    def _advance(self, lane: _Lane, dt: Tensor, step: Step, s_end: Figure, ok: Figure, everyone: bool):
         """Moves the accepted samples to the ends of their steps."""
         m, slope = lane.m, step.slope_end
         lane.accepted = lane.accepted + (1 if everyone else ok)
+        if lane.past_slopes is not None:
+            slopes = torch.cat([lane.slope[None], lane.past_slopes[:-1]])
+            sizes = torch.cat([dt[None], lane.past_dt[:-1]])
+            if not everyone:
+                slopes = torch.where(ok[:, None], slopes, lane.past_slopes)
+                sizes = torch.where(ok, sizes, lane.past_dt)
+            lane.past_slopes, lane.past_dt = slopes, sizes
         if everyone:
             # The slope is copied: f may return a buffer of its own that its next call overwrites, as a captured
             # graph does.
@@ -289,7 +451,10 @@ class _Discovery:
         m = lane.m
         if self.control.adaptive:
             least = m.maximum(abs(lane.s) * self.eps, (lane.s1 - lane.start) * _LEAST)
-            hopeless = lane.live & (lane.h <= least)
+            small = lane.h <= least
+            if self.problem.dt_min is not None:
+                small = small | (m.invert(ok) & (h <= self.problem.dt_min))
+            hopeless = lane.live & small
         else:
             hopeless = lane.live & m.invert(ok)
         if not m.count(hopeless):
@@ -311,22 +476,25 @@ class _Discovery:
                 return step
         z, slope = lane.safe(ok)
         dt = torch.where(ok, dt, 0.0)
-        return self.solver.step(self.f, t, dt, z, slope, self.memory, close=self.close)
+        return self._step(replace(lane, z=z, slope=slope), t, dt, lane.s + dt.abs())
 
     def _record(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, everyone: bool, step, figures):
         snapshot = None
         if self.problem.keep_stages:
-            snapshot = self.solver.snapshot(step.stages).detach().clone()
+            snapshot = lane.tools.solver.snapshot(step.stages).detach().clone()
+        history = self.solver.history and not self.taped
         self.records.append(
             Record(
+                part=lane.part,
                 rows=lane.rows,
                 accepted=None if everyone and lane.rows is None else ok,
                 t=t,
                 dt=dt,
                 t_end=lane.signed(s_end),
                 z=lane.z,
+                slope=lane.slope if history else None,
                 figures=figures,
-                lens=(step.error, step.z, step.pair) if self.taped else None,
+                lens=step._replace(slope_end=None, stages=None) if self.taped else None,
                 snapshot=snapshot,
             )
         )
@@ -339,63 +507,228 @@ class _Discovery:
             return
         s, h = (x[group] if isinstance(x, Tensor) else x for x in (lane.s, h))
         theta = (lane.interior[point, group] - s) / h
-        snapshot = self.solver.snapshot(step.stages)
+        solver = lane.tools.solver
+        snapshot = solver.snapshot(step.stages)
         if self.problem.joint and inside.shape[1] == 1:
-            self.outputs.append((point, None, self.solver.interpolate(snapshot, theta, None)))
+            self.outputs.append((point, None, solver.interpolate(snapshot, theta, None)))
         else:
             sample = group if lane.rows is None else lane.rows[group]
-            self.outputs.append((point, sample, self.solver.interpolate(snapshot, theta, group)))
+            self.outputs.append((point, sample, solver.interpolate(snapshot, theta, group)))
+
+    # -- stops and events --------------------------------------------------------------------------------------------
+
+    def _set_stops(self, lane: _Lane):
+        """Where steps have to end before the horizon does, ascending; s1 where a sample has no more."""
+        stops = lane.signed(self.problem.stops)
+        inside = (stops > lane.s) & (stops < lane.s1)
+        s1 = lane.m.tensor(lane.s1, stops)
+        stops = torch.where(inside, stops, s1).sort(dim=0).values
+        lane.stops = torch.cat([stops, s1[None]])
+        lane.stop = lane.m.read(lane.stops[0])
+
+    def _pass_stop(self, lane: _Lane, arrived: Figure) -> Figure:
+        """Goes on from a stop. Returns the samples that have nothing before them."""
+        m, p = lane.m, self.problem
+        done = arrived & (lane.s >= lane.s1)
+        s = m.tensor(lane.s, self.like)
+        passed = (lane.stops <= s).sum(dim=0, keepdim=True).clamp_(max=len(lane.stops) - 1)
+        lane.stop = m.read(lane.stops.gather(0, passed)[0])
+        if p.jumps is None or not m.count(arrived & m.invert(done)):
+            return done
+        t = m.tensor(lane.signed(lane.s), self.like)
+        jumps = p.jumps if lane.rows is None or p.joint else p.jumps.index_select(1, lane.rows)
+        jumped = m.read((jumps == t).any(dim=0)) & arrived & m.invert(done)
+        if m.count(jumped):
+            if lane.slope is not None:
+                f = p.f(lane.rows, t, m.tensor(lane.signed(lane.stop), t))
+                slope = f(f.times(t)[0], lane.z)
+                lane.slope = torch.where(jumped[:, None], slope, lane.slope) if isinstance(jumped, Tensor) else slope
+                lane.calls = lane.calls + jumped
+            if self.switching:
+                lane.counter = m.where(jumped, m.full(0, lane.counter), lane.counter)
+                if self.solver.restart(lane.part) != lane.part:
+                    lane.leaving = lane.leaving | jumped
+                else:
+                    lane.leaving = lane.leaving & m.invert(jumped)
+        return done
+
+    def _detect(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step) -> Tensor | None:
+        """Finds the events in the accepted steps. Returns which samples end here, [samples], or None."""
+        watch, rows, solver = self.watch, lane.rows, lane.tools.solver
+        with torch.no_grad():
+            after = watch.values(rows, lane.m.tensor(lane.signed(s_end), t), step.z)
+            here = watch.crossed(lane.signs, after) & ok & ~lane.ended
+            signs = torch.where(
+                torch.as_tensor(ok, device=after.device), watch.sign_after(lane.signs, after), lane.signs
+            )
+            before, lane.signs = lane.signs, signs
+            if not bool(here.any()):
+                return None
+        snapshot, everyone = solver.snapshot(step.stages), torch.arange(len(step.z), device=t.device)
+
+        def state(theta):
+            return solver.interpolate(snapshot, theta, everyone)
+
+        with torch.no_grad():
+            thetas = torch.ones_like(here, dtype=t.dtype)
+            for i in here.any(dim=1).nonzero().flatten().tolist():
+                thetas[i] = watch.locate(i, rows, here[i], before[i], state, t, dt)
+            # A sample's first terminal event ends it: what comes after it in the step does not happen.
+            ending = here & watch.terminal[:, None]
+            bound = torch.where(ending, thetas, 2.0).amin(dim=0)
+            here = here & (thetas <= bound)
+            event, sample = here.nonzero(as_tuple=True)
+            theta = thetas[event, sample]
+            group = torch.zeros_like(sample) if self.problem.joint else sample
+            still = snapshot.detach()
+            _, speed = torch.func.jvp(lambda x: solver.interpolate(still, x, sample), (theta,), (1.0 / dt[group],))
+        steps = lane.m.tensor(lane.accepted, event) if isinstance(lane.accepted, int) else lane.accepted
+        self.hits.append(
+            (
+                event,
+                sample if rows is None else rows[sample],
+                steps[group],
+                theta,
+                t[group] + theta * dt[group],
+                solver.interpolate(snapshot, theta, sample),
+                speed,
+                watch.terminal[event] & (theta == bound[sample]),
+            )
+        )
+        return ending.any(dim=0)
+
+    def _end(self, lane: _Lane, ended: Tensor) -> Figure:
+        """Ends samples at their events. Returns which groups have finished.
+
+        Under joint control a sample goes on beside the others, unseen, until all have ended.
+        """
+        lane.ended = lane.ended | ended
+        if self.problem.joint:
+            return bool(lane.ended.all())
+        lane.s1, lane.stop = (torch.where(ended, lane.s, x) for x in (lane.s1, lane.stop))
+        return ended
+
+    def _tell(self, lane: _Lane, t: Tensor, dt: Tensor, ok: Figure):
+        """Reports an attempt to the observer."""
+        layout, observer = self.problem.field.layout, self.problem.observer
+        for name, which in (("attempt", lane.live), ("accept", ok), ("reject", lane.live & lane.m.invert(ok))):
+            told = getattr(observer, name, None)
+            if told is None or not lane.m.count(which):
+                continue
+            rows = slice(None) if not isinstance(which, Tensor) else which.nonzero().flatten()
+            told(t[rows], layout.unpack(lane.z.detach()[rows]), dt[rows])
 
     # -- the batch ---------------------------------------------------------------------------------------------------
 
-    def _fail_at_start(self, lane: _Lane) -> int:
+    def _fail_at_start(self, lane: _Lane):
         """Ends the samples whose first slope is not finite."""
         m, finite = lane.m, torch.isfinite(lane.slope.detach())
         bad = m.invert(m.read(finite.all()[None] if self.problem.joint else finite.all(dim=1)))
         lane.status = m.where(bad, self._code(lane, Status.NON_FINITE), lane.status)
         lane.h = m.where(bad, m.full(0.0, lane.h), lane.h)
         lane.fail(bad, None, lane.h)
-        unfinished = m.count(lane.live)
-        if unfinished:
+        lane.unfinished = m.count(lane.live)
+        if lane.unfinished:
             # Their slopes must not stay on a tape: f is evaluated again, without them if it can be.
             if self.control.per_sample and self.problem.field.can_shrink():
-                self._compact(lane)
-                lane = self.lane
+                lane = self._compact(lane)
             t = lane.signed(lane.s)
             if lane.rows is None:
                 self.problem.field.fill(t, lane.z)
-            lane.slope = self.f(self.f.times(t)[0], lane.z)
-        return unfinished
+            lane.slope = lane.tools.f(lane.tools.f.times(t)[0], lane.z)
 
-    def _worth_compacting(self, unfinished: int) -> bool:
+    def _worth_compacting(self, lane: _Lane) -> bool:
         return (
             self.control.per_sample
-            and 0 < unfinished <= _COMPACT_FRACTION * self.lane.s.shape[0]
-            and self.attempts - self.entered >= _COMPACT_AFTER
+            and lane.unfinished <= _COMPACT_FRACTION * lane.s.shape[0]
+            and self.attempts - lane.tools.since > _COMPACT_AFTER
             and self.problem.field.can_shrink()
         )
 
-    def _compact(self, lane: _Lane):
+    def _compact(self, lane: _Lane) -> _Lane:
         self.parts.append(lane.keep((~lane.live).nonzero().flatten()))
-        self._enter(lane.keep(lane.live.nonzero().flatten()))
+        smaller = self._enter(lane.keep(lane.live.nonzero().flatten()))
+        self.lanes[self.lanes.index(lane)] = smaller
+        return smaller
+
+    def _regroup(self):
+        """Moves the samples that go on with another method to its lane."""
+        for lane in list(self.lanes):
+            leaving = None if lane.leaving is None else lane.leaving & lane.live
+            lane.leaving = None
+            if leaving is None or not (count := lane.m.count(leaving)):
+                continue
+            self.lanes.remove(lane)
+            if count == lane.unfinished and (not isinstance(leaving, Tensor) or bool(leaving.all())):
+                moved = lane
+            else:
+                self.lanes.append(self._enter(lane.keep((~leaving).nonzero().flatten())))
+                self.lanes[-1].unfinished = lane.unfinished - count
+                moved = lane.keep(leaving.nonzero().flatten())
+                moved.unfinished = count
+            moved.part, moved.counter = 1 - lane.part, lane.m.full(0, moved.counter)
+            there = next((x for x in self.lanes if x.part == moved.part), None)
+            moved = self._prepared(self._enter(moved))
+            if there is not None:
+                self.lanes.remove(there)
+                unfinished = there.unfinished + moved.unfinished
+                moved = self._enter(there.join(moved))
+                moved.unfinished = unfinished
+            self.lanes.append(moved)
+
+    def _prepared(self, lane: _Lane) -> _Lane:
+        """A lane with the slope that its method starts from, or without one."""
+        if not lane.tools.solver.fsal:
+            lane.slope = None
+        elif lane.slope is None:
+            f, t = lane.tools.f, lane.m.tensor(lane.signed(lane.s), self.like)
+            lane.slope = f(f.times(t)[0], lane.z)
+            lane.calls = lane.calls + lane.live
+        return lane
 
     # -- the result --------------------------------------------------------------------------------------------------
 
     def _trajectory(self) -> Trajectory:
-        # The first step's automatic size costs an evaluation, and so does the slope at the start where it is kept.
-        extra = (self.problem.dt0 is None) + (self.solver.fsal or self.close)
+        # The first step's automatic size costs an evaluation, and so does the slope at the start where the first step
+        # has no use for it, or has one for the slope at its end as well.
+        first = self.solver.parts[0]
+        extra = (self.problem.dt0 is None) + (first.fsal or self.close or first.linearizes)
         parts = [part.tensors(self.like) for part in self.parts]
-        return Trajectory(self.problem, self.z0, parts, self.records, self._interior(len(self.z0)), extra)
+        hits = self._hits()
+        interior = self._interior(len(self.z0), hits)
+        return Trajectory(self.problem, self.z0, parts, self.records, interior, extra, hits)
 
-    def _interior(self, batch: int) -> Tensor | None:
-        if self.problem.interior is None:
+    def _hits(self) -> Hits | None:
+        """The occurrences of all events, by event and then by time."""
+        if not self.hits:
             return None
-        points, features = len(self.problem.interior), self.z0.shape[1]
+        event, sample, step, theta, t, z, speed, terminal = (torch.cat(x) for x in zip(*self.hits, strict=True))
+        # Found in the order of the steps; a sample has a step, and an event in it, once.
+        rows, counts = torch.empty_like(event), []
+        for i in range(len(self.watch.events)):
+            here = (event == i).nonzero().flatten()
+            here = here[torch.argsort(step[here], stable=True)]
+            here = here[torch.argsort(sample[here], stable=True)]
+            number = torch.bincount(sample[here], minlength=len(self.z0))
+            first = (number.cumsum(0) - number)[sample[here]]
+            rows[here] = torch.arange(len(here), device=here.device) - first + sum(counts)
+            counts.append(int(number.max()))
+        self._at_hits = z
+        return Hits(rows, sample, step, theta, t, speed, terminal, counts)
+
+    def _interior(self, batch: int, hits: Hits | None) -> Tensor | None:
+        """The outputs inside the horizon, and below them a row for every occurrence of an event."""
+        times = 0 if self.problem.interior is None else len(self.problem.interior)
+        points = times + (sum(hits.rows) if hits is not None else 0)
+        if self.problem.interior is None and hits is None:
+            return None
+        features = self.z0.shape[1]
         out = self.z0.new_full((points, batch, features), float("nan"))
-        if not self.outputs:
+        outputs = self.outputs if hits is None else [*self.outputs, (times + hits.row, hits.sample, self._at_hits)]
+        if not outputs:
             return out
         everyone = torch.arange(batch, device=self.z0.device)
-        point = torch.cat([p if s is not None else p.repeat_interleave(batch) for p, s, _ in self.outputs])
-        sample = torch.cat([s if s is not None else everyone.repeat(len(p)) for p, s, _ in self.outputs])
-        values = torch.cat([v.reshape(-1, features) for _, _, v in self.outputs])
+        point = torch.cat([p if s is not None else p.repeat_interleave(batch) for p, s, _ in outputs])
+        sample = torch.cat([s if s is not None else everyone.repeat(len(p)) for p, s, _ in outputs])
+        values = torch.cat([v.reshape(-1, features) for _, _, v in outputs])
         return out.index_put((point, sample), values)

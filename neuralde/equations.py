@@ -35,10 +35,10 @@ class ODE:
                 f"f must be a callable f(t, z) or f(t, z, args), got {type(self.f).__name__}; "
                 "pass a function or an nn.Module"
             )
-        object.__setattr__(self, "takes_time", _positional_parameters(self.f) != 1)
+        object.__setattr__(self, "takes_time", required_arguments(self.f) != 1)
 
 
-def _positional_parameters(f: Callable) -> int | None:
+def required_arguments(f: Callable) -> int | None:
     """How many positional arguments f must be given, or None where its signature does not tell."""
     # A Module's own __call__ is (*args, **kwargs); its forward says what it takes.
     target = f.forward if isinstance(f, torch.nn.Module) else f

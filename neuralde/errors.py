@@ -29,20 +29,21 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.SUCCESS: "the solve reached its end",
     Status.STEP_SIZE_UNDERFLOW: (
-        "the step size fell below what the time's floating-point precision can resolve, and the error test still "
-        "failed. This usually means a stiff or discontinuous f (look at the stiffness), or tolerances below the "
-        "state's precision. Try larger rtol/atol, a float64 state, a smoother or regularized f "
-        "(regularizers.GlobalStiffness, regularizers.LocalStiffness), or a fixed-step solver with dt0"
+        "the error test still failed at a step size of dt_min, or of what t's floating-point precision resolves. This "
+        "usually means an f that is discontinuous (pass jump_times) or stiff (try solver='auto' or 'rodas5p'), or "
+        "tolerances below the state's precision. Try larger rtol/atol, a float64 state, a smaller dt_min, a smoother "
+        "or regularized f (regularizers.GlobalStiffness, regularizers.LocalStiffness), or a fixed-step solver with dt0"
     ),
     Status.NON_FINITE: (
-        "f returned NaN or infinity, or the state overflowed, and smaller steps did not help. Look at f near that t "
-        "and state: a log or square root outside its domain, a division by zero, an output that grows without bound. "
-        "Try a bounded activation (tanh), a smaller dt0, or check the input and the parameters for NaN"
+        "f returned NaN or infinity, the state overflowed, or an implicit method's iteration did not converge, and "
+        "smaller steps did not help. Look at f near that t and state: a log or square root outside its domain, a "
+        "division by zero, an output that grows without bound. Try a bounded activation (tanh), a smaller dt0, or "
+        "check the input and the parameters for NaN"
     ),
     Status.MAX_STEPS: (
         "the step budget ran out before the end of the horizon. Either the problem needs more steps (raise max_steps, "
-        "or loosen rtol/atol), or it is stiff (look at the stiffness: steps are then limited by stability, not by "
-        "accuracy) and wants regularization or a stiff solver"
+        "or loosen rtol/atol), or it is stiff (steps are then limited by stability, not by accuracy) and wants a stiff "
+        "solver (solver='auto', 'rodas5p' or 'rosenbrock23') or regularization"
     ),
     Status.NOT_CONVERGED: (
         "the steady state was not reached. Raise max_steps, loosen the termination tolerance, or make the map more "
@@ -96,13 +97,14 @@ _TYPES = {
 _SHOWN = 5  # samples described one by one in a message; the rest are counted
 
 
-def failure(status, t, dt, error, stiffness, joint: bool) -> NeuralDEError:
+def failure(status, t, dt, error, stiffness, joint: bool, stability_size: float | None) -> NeuralDEError:
     """The error that describes the failed samples.
 
     Args:
         status, t, dt, error, stiffness: [batch]: the state of each sample when it stopped. `error` and `stiffness` are
             None where the solver has no such estimate.
         joint: whether one step size served the whole batch, so that the batch fails as a whole.
+        stability_size: |dt·λ| beyond which the solver is unstable, or None where it always is stable.
     """
     failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
     missing = torch.full_like(dt, float("nan"))
@@ -119,8 +121,20 @@ def failure(status, t, dt, error, stiffness, joint: bool) -> NeuralDEError:
         lines.append(f"  and {len(failed) - _SHOWN} more")
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
     advice = "; ".join(f"{kind.name.lower()}: {kind.message}" for kind in dict.fromkeys(kinds))
-    message = f"{count} failed.\n" + "\n".join(lines) + f"\n{advice}."
+    message = f"{count} failed.\n" + "\n".join(lines) + f"\n{advice}.{_stiff(columns, stability_size)}"
     return _TYPES[kinds[0]](message, failed, *columns)
+
+
+def _stiff(columns: list[list[float]], stability_size: float | None) -> str:
+    """What the stiffness says: steps as large as stability allows are not as large as accuracy does."""
+    _, dt, _, stiffness = columns
+    sizes = [abs(h * s) for h, s in zip(dt, stiffness, strict=True) if math.isfinite(h * s)]
+    if stability_size is None or not sizes or max(sizes) < 0.5 * stability_size:
+        return ""
+    return (
+        f" The problem is stiff for this solver: |dt|·stiffness = {max(sizes):.3g}, and its steps are stable up to "
+        f"{stability_size:.3g}. Use solver='auto', 'rodas5p' or 'rosenbrock23'."
+    )
 
 
 def _number(value: float, missing: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import types
@@ -29,13 +30,15 @@ class Field:
         layout: of its state.
         args: tensors for f's last argument, or None.
         joint: whether t is one scalar for the batch.
+        linearized: whether f's Jacobian is taken sample by sample, so that f must not mix samples in any case.
 
     Attributes:
         calls: batched evaluations of f so far.
     """
 
-    def __init__(self, equation: ODE, layout: Layout, args, joint: bool):
+    def __init__(self, equation: ODE, layout: Layout, args, joint: bool, linearized: bool = False):
         self.equation, self.layout, self.args, self.joint = equation, layout, args, joint
+        self._linearized = linearized
         self.calls = 0
         self._frozen = None  # the random generators' states that every evaluation starts from, where f is random
         self._subsets: str | None = None  # how a part of the batch is evaluated: "index" or "pad"
@@ -56,11 +59,13 @@ class Field:
         Args:
             t, dt: [groups]. c: [evaluations, 1]; None for t alone.
         """
-        count = 1 if c is None else c.shape[0]
         if not self.equation.takes_time:
-            return (None,) * count
-        stack = t if c is None else torch.addcmul(t, c, dt)
-        stack = stack.view(count, *self._time_shape)
+            return (None,) * (1 if c is None else c.shape[0])
+        return self.shaped(instants(t, c, dt))
+
+    def shaped(self, stack: Tensor) -> Sequence[Tensor]:
+        """Instants [evaluations, groups] as f takes them."""
+        stack = stack.view(stack.shape[0], *self._time_shape)
         return (stack if stack.dtype == self._time_dtype else stack.to(self._time_dtype)).unbind(0)
 
     def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ class Field:
         after = _generator_states(self.layout.device)
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             self._frozen, self._subsets, self._simple = before, "pad", False
-        if not self.joint and len(z) > 1 and not _known_independent(self.equation.f):
+        if self._linearized or not self.joint:
             self._check_independence(t, z.detach(), flat.detach(), t_other)
         self.fill(t, z)
         return flat
@@ -121,8 +126,11 @@ class Field:
     @torch.no_grad()
     def _check_independence(self, t: Tensor, z: Tensor, slope: Tensor, t_other: Tensor):
         """Changes the last sample's state and time, and looks whether another sample's derivative notices."""
+        if len(z) < 2 or _known_independent(self.equation.f, self.joint):
+            return
         t, z = t.clone(), z.clone()
-        t[-1] = t_other[-1]
+        if not self.joint:
+            t[-1] = t_other[-1]
         z[-1] = 2.0 * z[-1] + 1.0
         try:
             other = self(self.times(t)[0], z)
@@ -130,9 +138,24 @@ class Field:
             return
         # The same kernels on the same shapes: what a sample gets is the same to the last digits, or it is mixed.
         if _differ(other[:-1], slope[:-1], 64 * torch.finfo(self.layout.dtype).eps):
-            raise ValueError(mixing_message("f gives a sample another derivative when another sample changes"))
+            found = "f gives a sample another derivative when another sample changes"
+            raise ValueError(mixing_message(found, self._linearized))
         if not torch.equal(other[-1], slope[-1]):  # an f that answers to nothing has not shown its independence
-            _remember_independent(self.equation.f)
+            _remember_independent(self.equation.f, self.joint)
+
+    def linearized(self, t: Tensor, z: Tensor, slope: Tensor) -> Field:
+        """The field for a solver that takes f's Jacobian sample by sample.
+
+        Raises:
+            ValueError: f mixes samples at (t, z), where it is slope.
+        """
+        if self._linearized:
+            return self
+        field = copy.copy(self)
+        field._linearized = True
+        if self.joint:
+            field._check_independence(t.detach(), z.detach(), slope.detach(), t)
+        return field
 
     # -- a part of the batch ---------------------------------------------------------------------------------------
 
@@ -195,6 +218,38 @@ class Field:
         return _differ(out[parity::2], full[parity::2], 64 * torch.finfo(self.layout.dtype).eps)
 
 
+def instants(t: Tensor, c: Tensor | None, dt: Tensor | None) -> Tensor:
+    """The times t + c·dt, [evaluations, groups]; arguments as `Field.times` has them."""
+    return t[None] if c is None else torch.addcmul(t, c, dt)
+
+
+class Between:
+    """A field for one step, evaluated strictly inside of it where f jumps at an end: one-sided limits.
+
+    Args:
+        field: f.
+        low, high: the first and the last instant at which f may be called, [groups].
+    """
+
+    def __init__(self, field: Field | _Part, low: Tensor, high: Tensor):
+        self.field, self.low, self.high = field, low, high
+        self.layout, self.joint = field.layout, field.joint
+
+    def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
+        """See `Field.times`."""
+        if not self._takes_time():
+            return self.field.times(t, c, dt)
+        return self.field.shaped(instants(t, c, dt).clamp(self.low, self.high))
+
+    def _takes_time(self) -> bool:
+        whole = self.field.field if isinstance(self.field, _Part) else self.field
+        return whole.equation.takes_time
+
+    def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
+        """dz/dt, [samples, features]."""
+        return self.field(t, z)
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Autocast is for f alone: stage combinations and error estimates in half precision would be noise."""
@@ -216,18 +271,20 @@ class _Part:
 
     def __init__(self, field: Field, rows: Tensor, padded: bool):
         self.field, self.rows, self.padded, self.layout = field, rows, padded, field.layout
+        self.joint = field.joint
         self.args = field.args if padded else field._args_of(rows)
 
     def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
         """See `Field.times`; t and dt have one entry per row."""
-        if not self.padded:
+        if not self.field.equation.takes_time:
             return self.field.times(t, c, dt)
-        everyone = self.field._filler[0]
-        return self.field.times(
-            everyone.index_copy(0, self.rows, t),
-            c,
-            None if dt is None else torch.zeros_like(everyone).index_copy(0, self.rows, dt),
-        )
+        return self.shaped(instants(t, c, dt))
+
+    def shaped(self, stack: Tensor) -> Sequence[Tensor]:
+        """See `Field.shaped`."""
+        if self.padded:
+            stack = self.field._filler[0].expand(stack.shape[0], -1).index_copy(1, self.rows, stack)
+        return self.field.shaped(stack)
 
     def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
         """dz/dt of the rows, [rows, features]."""
@@ -237,12 +294,14 @@ class _Part:
         return self.field(t, everyone).index_select(0, self.rows)
 
 
-def mixing_message(finding: str) -> str:
-    """Why per-sample control can't be used, and what can."""
+def mixing_message(finding: str, linearized: bool = False) -> str:
+    """Why per-sample control, or a solver that takes f's Jacobian sample by sample, can't be used, and what can."""
+    what = 'control="per_sample"' if not linearized else "a solver that takes the Jacobian of f"
+    instead = "" if not linearized else 'an explicit solver (solver="tsit5") with '
     return (
-        f'control="per_sample" needs an f that treats every sample alone, but {finding} (batch normalization on batch '
-        'statistics does that). Use control="joint", which steps the whole batch together, or replace what mixes: '
-        "GroupNorm or LayerNorm, or batch normalization in eval mode"
+        f"{what} needs an f that treats every sample alone, but {finding} (batch normalization on batch "
+        f'statistics does that). Use {instead}control="joint", which steps the whole batch together, or replace what '
+        "mixes: GroupNorm or LayerNorm, or batch normalization in eval mode"
     )
 
 
@@ -368,16 +427,18 @@ def _filled(cell) -> bool:
     return True
 
 
-def _known_independent(f) -> bool:
+def _known_independent(f, joint: bool) -> bool:
     try:
-        return _modes(f) in _INDEPENDENT.get(f, ())
+        found = _INDEPENDENT.get(f, ())
+        return (_modes(f), False) in found or (joint and (_modes(f), True) in found)
     except TypeError:  # not hashable or not weakly referenceable: checked at every solve
         return False
 
 
-def _remember_independent(f):
+def _remember_independent(f, joint: bool):
+    """Under joint control, where all samples have one time, it is not known whether f mixes times."""
     with contextlib.suppress(TypeError):
-        _INDEPENDENT.setdefault(f, set()).add(_modes(f))
+        _INDEPENDENT.setdefault(f, set()).add((_modes(f), joint))
 
 
 def _modes(f) -> tuple[tuple[type, bool], ...]:

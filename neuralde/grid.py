@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .solvers import Step
+
 
 @dataclass
 class Record:
@@ -16,24 +18,27 @@ class Record:
     n samples took part; the control figures have one entry per group: n under per-sample control, 1 under joint.
 
     Attributes:
+        part: which of the solver's parts made it.
         rows: indices of the n samples in the batch, or None for all of them.
         accepted: [n], or None where every sample of the batch was accepted.
         t, dt: [groups].
         t_end: the same, or a number where there is one group.
-        z: [n, features], the state at t.
+        z: [n, features], the state at t. slope: f there, where later steps build on it.
         figures: of `control.Judge`, [1 to 3, groups], or None where the solver reports nothing.
-        lens: on a tape, what error and stiffness can be differentiated from: (error vector, z at the end, pair).
+        lens: on a tape, what error and stiffness can be differentiated from: the step without its stages.
         snapshot: [rows, n, features], the stages, where they are kept.
     """
 
+    part: int
     rows: Tensor | None
     accepted: Tensor | None
     t: Tensor
     dt: Tensor
     t_end: Tensor | float
     z: Tensor
+    slope: Tensor | None
     figures: Tensor | None
-    lens: tuple | None = None
+    lens: Step | None = None
     snapshot: Tensor | None = None
 
 
@@ -44,6 +49,7 @@ class Grid:
         rows: per step, the samples that take it (ascending), or None for all.
         t, dt, t_end: per step, [groups].
         sizes: per step, the number of groups.
+        parts: per step, pairs (part of the solver, positions in the step of the samples that it steps, None for all).
         counts: accepted steps per sample, [batch].
     """
 
@@ -77,9 +83,28 @@ class Grid:
             self.t_end = self.split(torch.tensor(ends, dtype=times.dtype, device=device))
         else:
             self.t_end = self.split(self.gather(ends, times))
+        self.parts = self._parts(records)
         # States are packed when they are first asked for: "direct" has them on its tape and rarely asks.
         self._unpacked, self._like = [r.z for r in records], like
         self._flat_z = self._z = None
+        self._slopes = [r.slope for r in records]
+
+    def _parts(self, records: list[Record]) -> list[list[tuple[int, Tensor | None]]]:
+        used = {r.part for r in records}
+        self._part = None
+        if len(used) < 2:
+            return [[(part, None) for part in used]] * len(self)
+        if self._whole:
+            return [[(r.part, None)] for r in records]
+        device = self.counts.device
+        part = self.gather([torch.full((r.z.shape[0],), r.part, device=device) for r in records], self.counts)
+        self._part = part
+        pieces = []
+        for here in self.split(part):
+            each = [(i, (here == i).nonzero().flatten()) for i in sorted(used)]
+            each = [(i, where) for i, where in each if len(where)]
+            pieces.append([(each[0][0], None)] if len(each) == 1 else each)
+        return pieces
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -111,6 +136,25 @@ class Grid:
         if self._z is None:
             self._z = list(self.flat_z.split(self.batch if self._whole else self.sizes)) if self.sizes else []
         return self._z
+
+    @functools.cached_property
+    def slopes(self) -> list[Tensor]:
+        """Per step, [samples, features]: f at its start, where later steps build on it."""
+        return list(self.gather(self._slopes, self.flat_z).split([len(z) for z in self.z]))
+
+    def part_of(self, step: Tensor, sample: Tensor) -> Tensor:
+        """Which part of the solver made a step of a sample, both [samples]."""
+        if self._part is None:
+            first = torch.tensor([pieces[0][0] for pieces in self.parts], device=step.device)
+            return first[step]
+        return self._part[self.flat_index[step, sample]]
+
+    def before(self, j: int, back: int) -> Tensor | None:
+        """Where the samples of step j lie in the step so many before, [samples]; None for everywhere."""
+        rows, earlier = self.rows[j], self.rows[j - back]
+        if rows is None or earlier is None:
+            return rows
+        return torch.searchsorted(earlier, rows)
 
     @functools.cached_property
     def flat_index(self) -> Tensor:

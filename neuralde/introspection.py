@@ -25,10 +25,11 @@ from .control import StepControl
 from .equations import ODE
 from .errors import Status
 from .field import Field, full_precision
+from .outputs import outputs
 from .problem import Problem
-from .replay import Schedule, replay_all
+from .replay import Schedule, located, make_step, past_of, replay_all
 from .solution import Solution
-from .solvers import Solver, Step
+from .solvers import Past, Solver, Step
 from .state import Layout
 
 
@@ -89,8 +90,7 @@ def probe(
         ValueError, TypeError: an argument is wrong, or f mixes samples under per-sample control.
     """
     layout = Layout.of(z)
-    _control.check_tolerances(rtol, atol)
-    control = _control.get(control)
+    control, solver = _control.get(control), solvers.get(solver)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
@@ -113,11 +113,11 @@ def probe(
         raise ValueError("dt must not be 0")
     equation = f if isinstance(f, ODE) else ODE(f)
     problem = Problem(
-        field=Field(equation, layout, args, joint),
-        solver=solvers.get(solver),
+        field=Field(equation, layout, args, joint, solver.linearizes),
+        solver=solver,
         control=control,
         times=torch.stack([t, end]),
-        norm=_control.Norm(rtol, atol, joint),
+        norm=_control.norm(rtol, atol, control, layout),
         dt0=None,
         max_steps=1,
         keep_stages=False,
@@ -156,7 +156,10 @@ def probe_solution(
         times=torch.stack([t.expand(problem.times.shape[1]), problem.times[-1]]),
     )
     if bool(solution.converged.all()):
-        return _look(problem, t, z, problem.field(problem.field.times(t)[0], z), None)
+        slope = problem.field(problem.field.times(t)[0], z)
+        if problem.solver.linearizes:
+            problem = dataclasses.replace(problem, field=problem.field.linearized(t, z, slope))
+        return _look(problem, t, z, slope, None)
     if not bool(solution.converged.any()):
         raise ValueError("every sample of the solution failed, so there is no point to probe from")
     # Failed samples are left out: f may be unable to handle them anywhere.
@@ -181,13 +184,13 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
                 span = algebra.of(p.joint).read(p.span)
                 dt = _control.initial_step(p.field, t, z.detach(), slope.detach(), span, solver.order, p.norm)
                 dt = torch.as_tensor(dt).to(t) * p.span.sign()
-        step = solver.step(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
-        error = raw = stiffness = None
+        step = solver.attempt(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
+        error = raw = None
         if step.error is not None:
             error = p.ratio(step.error, z, step.z).expand(batch)
             raw = _control.rms(step.error, p.joint).expand(batch)
-        if step.pair is not None:
-            stiffness = p.stiffness(step.pair, dt).expand(batch)
+        stiffness = p.stiffness(step, dt)
+        stiffness = None if stiffness is None else stiffness.expand(batch)
     return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)
 
 
@@ -211,16 +214,30 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
     grid = outcome.trajectory.grid
     taped = torch.is_grad_enabled()
 
-    def one(z, j):
-        f, t, dt = p.field.on(grid.rows[j]), grid.t[j], grid.dt[j]
-        with full_precision(z.device):
-            step = p.solver.step(f, t, dt, z, None, p.solver.memory(z, torch.is_grad_enabled()))
-            return figure(p, step, z, t, dt)
+    def one(j, *here):
+        with full_precision(here[0].device):
+            slopes = [None] * j
+            for back, z in enumerate(here[1:], start=1):
+                f = p.f(grid.rows[j - back], grid.t[j - back], grid.t_end[j - back])
+                slopes[j - back] = f(f.times(grid.t[j - back])[0], z)
+            past = past_of(p, grid, j, slopes)
+            found, places = [], []
+            for part, where in grid.parts[j]:
+                rows, t, dt, _ = located(grid, j, where)
+                z = here[0] if where is None else here[0][where]
+                then = past if past is None or where is None else Past(past.slopes[:, where], past.dt[:, where])
+                step, _ = make_step(p, grid, j, where, part, z, past=then)
+                found.append(figure(dataclasses.replace(p, norm=p.norm.on(rows)), step, z, t, dt))
+                places.append(where)
+        return found[0] if len(found) == 1 else torch.cat(found)[torch.argsort(torch.cat(places))]
 
     if not len(grid):
         return p.start.new_zeros(0, grid.batch)
-    states = outcome.states().split([len(z) for z in grid.z])
-    parts = [checkpoint(one, z, j, use_reentrant=False) if taped else one(z, j) for j, z in enumerate(states)]
+    states, depth = outcome.states().split([len(z) for z in grid.z]), p.solver.history
+    parts = []
+    for j in range(len(grid)):
+        here = states[j : j - depth - 1 if j > depth else None : -1] if j >= depth else states[j : j + 1]
+        parts.append(checkpoint(one, j, *here, use_reentrant=False) if taped else one(j, *here))
     return grid.pad(torch.cat(parts))
 
 
@@ -247,8 +264,8 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
             raise ValueError("z0 must have the structure, shapes and dtype of the solution's own initial state")
         flat = layout.pack(z0).to(layout.work_dtype)
     schedule = None
-    if problem.interior is not None:
-        schedule = Schedule(problem, trajectory.grid, trajectory.reached)
+    if trajectory.interior is not None:
+        schedule = Schedule(problem, trajectory.grid, trajectory.reached, trajectory.hits)
     with full_precision(flat.device):
         path = replay_all(problem, trajectory.grid, flat, trajectory.status == Status.SUCCESS, schedule)
     outcome = Outcome(
@@ -259,9 +276,7 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         stiffness=None if path.stiffness is None else functools.partial(_same, path.stiffness),
         states=functools.partial(_same, path.states),
     )
-    middle = () if path.interior is None else (path.interior,)
-    zs = field.layout.unpack(torch.cat([flat[None], *middle, path.final[None]]))
-    return Solution(problem, outcome, solution.ts, zs, flat)
+    return Solution(problem, outcome, solution.ts, outputs(problem, outcome, flat, problem.times), flat)
 
 
 def _same(x):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import control as _control
 from .control import Norm, StepControl
-from .field import Field
-from .solvers import Solver
+from .events import Watch
+from .field import Between, Field
+from .solvers import Solver, Step
 
 
 @dataclass
@@ -24,6 +27,11 @@ class Problem:
         dt0: first (or fixed) step size, positive, or None for the automatic one.
         max_steps: attempts per sample.
         keep_stages: whether to keep every accepted step's stages, so that `solution(t)` need not call f.
+        dt_min, dt_max: bounds of the step size, or None.
+        jumps: times at which f jumps, [points, groups], or None. stops: the same and those at which a step has to end
+            although f is smooth there.
+        watch: the events to look for, or None.
+        observer: what is told of every attempt, or None.
     """
 
     field: Field
@@ -34,6 +42,12 @@ class Problem:
     dt0: float | None
     max_steps: int
     keep_stages: bool
+    dt_min: float | None = None
+    dt_max: float | None = None
+    jumps: Tensor | None = None
+    stops: Tensor | None = None
+    watch: Watch | None = None
+    observer: Any = None
 
     @property
     def joint(self) -> bool:
@@ -55,6 +69,11 @@ class Problem:
         """t1, [groups]."""
         return self._groups(self.times[-1])
 
+    @property
+    def first_instant(self) -> Tensor:
+        """Where f is first evaluated, [groups]: t0, or just after it where f jumps there."""
+        return self.start if self.jumps is None else self._off(self.start, self.end, self.jumps)
+
     def _groups(self, x: Tensor) -> Tensor:
         return x[:1] if self.joint else x
 
@@ -63,10 +82,26 @@ class Problem:
         """Output times strictly inside the horizon, [points, groups], or None."""
         return self.times[1:-1] if len(self.times) > 2 else None
 
-    def ratio(self, error: Tensor, z: Tensor, z_end: Tensor) -> Tensor:
-        """What the controller compares with 1, [groups]."""
-        return self.norm.ratio(error, z, z_end)
+    def f(self, rows: Tensor | None, t: Tensor, t_end: Tensor, field: Field | None = None):
+        """The field (or another one) for a step of the samples `rows` from t to t_end, [groups]."""
+        field = (field or self.field).on(rows)
+        if self.jumps is None:
+            return field
+        jumps = self.jumps if rows is None or self.joint else self.jumps.index_select(1, rows)
+        first, last = self._off(t, t_end, jumps), self._off(t_end, t, jumps)
+        return Between(field, torch.minimum(first, last), torch.maximum(first, last))
 
-    def stiffness(self, pair: tuple[Tensor, Tensor, Tensor, Tensor], dt: Tensor) -> Tensor:
-        """The stiffness estimate, [groups]."""
-        return _control.stiffness(pair, dt, self.joint)
+    @staticmethod
+    def _off(t: Tensor, towards: Tensor, jumps: Tensor) -> Tensor:
+        """t, moved to its neighbour where it is a jump."""
+        return torch.where((jumps == t).any(dim=0), torch.nextafter(t, towards), t)
+
+    def ratio(self, error: Tensor, z: Tensor, z_end: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What the controller compares with 1, [groups]; of the samples `rows`."""
+        return self.norm.on(rows).ratio(error, z, z_end)
+
+    def stiffness(self, step: Step, dt: Tensor) -> Tensor | None:
+        """A step's stiffness estimate, [groups], or None where it has none."""
+        if step.pair is None:
+            return step.stiffness
+        return _control.stiffness(step.pair, dt, self.joint)

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .events import Hits
 from .grid import Grid
 from .problem import Problem
+from .solvers import Past, Solver, Step
 
 
 class Replayed(NamedTuple):
@@ -18,67 +20,173 @@ class Replayed(NamedTuple):
         z: the state at its end, [samples, features].
         error, stiffness: [groups], or None where not wanted or not reported.
         outputs: the output times inside the step, as `Schedule.at` lists them, or None.
+        slope: f at its start, [samples, features], where later steps build on it.
     """
 
     z: Tensor
     error: Tensor | None
     stiffness: Tensor | None
     outputs: Tensor | None
+    slope: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """The outputs that lie in one step, all [outputs].
+
+    Attributes:
+        point: which they are. sample: whose, or None where every sample has all of them. row: the sample's place in
+            the step, None likewise. theta: where in the step.
+    """
+
+    point: Tensor
+    sample: Tensor | None
+    row: Tensor | None
+    theta: Tensor
 
 
 class Schedule:
-    """Which interior output times lie in which step.
+    """Which outputs inside the horizon lie in which step.
 
     Args:
-        problem: with `interior` times.
+        problem: its `interior` times are the first outputs.
         grid: the accepted steps.
         reached: the time each sample got to, [groups]: what lies beyond has no value.
+        hits: events; their rows follow.
     """
 
-    def __init__(self, problem: Problem, grid: Grid, reached: Tensor):
+    def __init__(self, problem: Problem, grid: Grid, reached: Tensor, hits: Hits | None):
         times, direction = problem.interior, problem.span.sign()
-        step, theta = grid.locate(times, direction)
-        got = times * direction <= reached * direction
-        point, group = got.nonzero(as_tuple=True)
-        step, theta = step[point, group], theta[point, group]
+        self._grid, count = grid, 0 if times is None else len(times)
+        self.shared = problem.joint and hits is None and times.shape[1] == 1
+        parts = []
+        if times is not None:
+            if not self.shared:
+                times = times.expand(-1, grid.batch)
+            step, theta = grid.locate(times, direction)
+            point, group = (times * direction <= reached * direction).nonzero(as_tuple=True)
+            parts.append((step[point, group], point, group, theta[point, group]))
+        if hits is not None:
+            parts.append((hits.step, count + hits.row, hits.sample, hits.theta))
+        step, *rest = (torch.cat(x) for x in zip(*parts, strict=True))
         order = torch.argsort(step, stable=True)
         sizes = torch.bincount(step, minlength=len(grid)).tolist()
-        self._parts = list(zip(*(x[order].split(sizes) for x in (point, group, theta)), strict=True))
-        self._grid, self.shared = grid, problem.joint and times.shape[1] == 1
+        self._parts = list(zip(*(x[order].split(sizes) for x in rest), strict=True))
+        self.points = count + (0 if hits is None else sum(hits.rows))
 
-    def at(self, j: int):
-        """The outputs of step j: (point, sample or None for all, row within the step or None, theta), or None."""
+    def at(self, j: int) -> Outputs | None:
+        """The outputs of step j, or None."""
         point, sample, theta = self._parts[j]
         if not len(point):
             return None
         if self.shared:
-            return point, None, None, theta
+            return Outputs(point, None, None, theta)
         rows = self._grid.rows[j]
-        return point, sample, sample if rows is None else torch.searchsorted(rows, sample), theta
+        return Outputs(point, sample, sample if rows is None else torch.searchsorted(rows, sample), theta)
 
 
-def replay_step(problem: Problem, grid: Grid, j: int, z: Tensor, lens: bool, outputs=None, f=None) -> Replayed:
+def replay_step(
+    problem: Problem, grid: Grid, j: int, z: Tensor, lens: bool, outputs=None, field=None, past: Past | None = None
+) -> Replayed:
     """Makes step j again from z, on the tape if grad mode is on.
 
     Args:
         z: [samples, features], the state at the step's start.
         lens: whether error and stiffness are wanted.
         outputs: of `Schedule.at(j)`, or None.
-        f: another field than the problem's.
+        field: another one than the problem's.
+        past: of `past_of`, where the solver has a history.
     """
-    f = (f or problem.field).on(grid.rows[j])
-    solver, t, dt = problem.solver, grid.t[j], grid.dt[j]
-    memory = solver.memory(z, taped=torch.is_grad_enabled())
-    step = solver.step(f, t, dt, z, None, memory, lens=lens, close=outputs is not None)
+    pieces = grid.parts[j]
+    if len(pieces) == 1:
+        return _replay(problem, grid, j, None, pieces[0][0], z, lens, outputs, field, past)
+    made, places = [], []
+    for part, where in pieces:
+        mine = None
+        if outputs is not None:
+            place = torch.searchsorted(where, outputs.row).clamp(max=len(where) - 1)
+            here = (where[place] == outputs.row).nonzero().flatten()
+            mine = Outputs(outputs.point[here], outputs.sample[here], place[here], outputs.theta[here])
+            places.append(here)
+        then = past and Past(past.slopes[:, where], past.dt[:, where])
+        made.append(_replay(problem, grid, j, where, part, z[where], lens, mine, field, then))
+    order = torch.argsort(torch.cat([where for _, where in pieces]))
+    back = torch.argsort(torch.cat(places)) if places else None
+    values = {}
+    for name, parts in zip(Replayed._fields, zip(*made, strict=True), strict=True):
+        whole = None if any(x is None for x in parts) else torch.cat(parts)
+        values[name] = whole if whole is None else whole.index_select(0, back if name == "outputs" else order)
+    return Replayed(**values)
+
+
+def _replay(problem, grid, j, where, part, z, lens, outputs, field, past) -> Replayed:
+    """The samples of a step that one part of the solver makes; `where` are their places in it."""
+    rows, _, dt, _ = located(grid, j, where)
+    solver = problem.solver.parts[part]
+    step, slope = make_step(problem, grid, j, where, part, z, lens, outputs is not None, field, past)
     error = stiffness = values = None
-    if step.error is not None:
-        error = problem.ratio(step.error, z, step.z)
-    if step.pair is not None:
-        stiffness = problem.stiffness(step.pair, dt)
+    if lens and step.error is not None:
+        error = problem.ratio(step.error, z, step.z, rows)
+    if lens and problem.solver.reports_stiffness:
+        stiffness = problem.stiffness(step, dt)
     if outputs is not None:
-        _, _, rows, theta = outputs
-        values = solver.interpolate(solver.snapshot(step.stages), theta, rows)
-    return Replayed(step.z, error, stiffness, values)
+        values = solver.interpolate(solver.snapshot(step.stages), outputs.theta, outputs.row)
+    return Replayed(step.z, error, stiffness, values, slope)
+
+
+def located(grid: Grid, j: int, where: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """(rows, t, dt, t_end) of step j, or of some of its samples."""
+    rows, times = grid.rows[j], (grid.t[j], grid.dt[j], grid.t_end[j])
+    if where is None:
+        return rows, *times
+    return where if rows is None else rows.index_select(0, where), *(x.index_select(0, where) for x in times)
+
+
+def make_step(
+    problem: Problem,
+    grid: Grid,
+    j: int,
+    where: Tensor | None,
+    part: int,
+    z: Tensor,
+    lens: bool = True,
+    close: bool = False,
+    field=None,
+    past: Past | None = None,
+) -> tuple[Step, Tensor | None]:
+    """Makes step j again, or for the samples at places `where` in it.
+
+    Returns:
+        The step, and f at its start where the solver has a history.
+    """
+    rows, t, dt, t_end = located(grid, j, where)
+    solver: Solver = problem.solver.parts[part]
+    f = problem.f(rows, t, t_end, field)
+    slope = f(f.times(t)[0], z) if problem.solver.history else None
+    memory = solver.memory(z, taped=torch.is_grad_enabled())
+    history = {"past": past} if solver.history else {}
+    step = solver.attempt(f, t, dt, z, slope, memory, lens=lens, close=close, **history)
+    if close and not solver.closes:
+        end = f(f.times(t_end)[0], step.z)
+        step = step._replace(slope_end=end, stages=solver.finish(step.stages, end))
+    return step, slope
+
+
+def past_of(problem: Problem, grid: Grid, j: int, slopes: list[Tensor]) -> Past | None:
+    """What step j builds on; None for a solver without history, and where there are not enough steps yet.
+
+    Args:
+        slopes: f at the starts of the steps before j, [samples of the step, features].
+    """
+    depth = problem.solver.history
+    if not depth or j < depth:
+        return None
+    found, sizes = [], []
+    for back in range(1, depth + 1):
+        where, dt = grid.before(j, back), grid.dt[j - back]
+        slope = slopes[j - back]
+        found.append(slope if where is None else slope.index_select(0, where))
+        sizes.append(dt if where is None or problem.joint else dt.index_select(0, where))
+    return Past(torch.stack(found), torch.stack(sizes))
 
 
 class Path(NamedTuple):
@@ -104,23 +212,24 @@ def replay_all(
     Args:
         z0: [batch, features].
         done: which samples reach their end, [groups]; the others end in NaN, as in the solve.
-        schedule: of the interior outputs, or None.
+        schedule: of the outputs inside the horizon, or None.
     """
-    z, errors, stiffnesses, states = z0, [], [], []
+    z, errors, stiffnesses, states, slopes = z0, [], [], [], []
     interior = None
     if schedule is not None:
-        interior = z0.new_full((len(problem.interior), *z0.shape), float("nan"))
+        interior = z0.new_full((schedule.points, *z0.shape), float("nan"))
     for j in range(len(grid)):
         rows = grid.rows[j]
         here = z if rows is None else z.index_select(0, rows)
         outputs = schedule.at(j) if schedule is not None else None
-        step = replay_step(problem, grid, j, here, lens, outputs)
+        step = replay_step(problem, grid, j, here, lens, outputs, past=past_of(problem, grid, j, slopes))
         states.append(here)
         errors.append(step.error)
         stiffnesses.append(step.stiffness)
+        slopes.append(step.slope)
         if outputs is not None:
-            point, sample, _, _ = outputs
-            interior = interior.index_put((point,) if sample is None else (point, sample), step.outputs)
+            where = (outputs.point,) if outputs.sample is None else (outputs.point, outputs.sample)
+            interior = interior.index_put(where, step.outputs)
         z = step.z if rows is None else z.index_copy(0, rows, step.z)
 
     def flat(parts):

@@ -11,8 +11,9 @@ from torch import Tensor
 from .adjoints.base import Outcome
 from .errors import Status
 from .field import full_precision
+from .outputs import Outputs
 from .problem import Problem
-from .solvers import SOLVERS, Solver
+from .solvers import SOLVERS, Past, Solver
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,28 @@ class Statistics:
         accepted, rejected: attempted steps that passed and that failed the error test, [batch] int64.
         function_calls: batched calls of f that the forward solve made; a little more than `nfe` where f was also
             checked, more where samples finish at different steps.
+        jacobians, factorizations, linear_solves: of an implicit method, for each sample, [batch] int64; 0 for an
+            explicit one.
     """
 
     nfe: Tensor
     accepted: Tensor
     rejected: Tensor
     function_calls: int
+    jacobians: Tensor
+    factorizations: Tensor
+    linear_solves: Tensor
 
     def __repr__(self) -> str:
         def show(x):
             low, high = int(x.min()), int(x.max())
             return f"{low}" if low == high else f"{x.double().mean().item():.1f} ({low} to {high})"
 
+        linear = ("jacobians", "factorizations", "linear_solves")
         return (
             f"nfe {show(self.nfe)}, accepted {show(self.accepted)}, rejected {show(self.rejected)}, "
             f"function calls {self.function_calls}"
-        )
+        ) + "".join(f", {name.replace('_', ' ')} {show(x)}" for name in linear if (x := getattr(self, name)).any())
 
 
 class Steps:
@@ -52,7 +59,8 @@ class Steps:
         z: the state at t, in the structure of z0, every tensor [step, batch, ...].
         error: the embedded error estimate over the tolerance, RMS over the sample (over the batch under joint
             control): what the controller compares with 1. [step, batch], or None where the solver has no estimate.
-        stiffness: ‖f(x) - f(y)‖/‖x - y‖ of two stages at one abscissa: an estimate of |λ|. [step, batch], or None.
+        stiffness: an estimate of |λ|: ‖f(x) - f(y)‖/‖x - y‖ of two stages at one abscissa; for a method that has f's
+            Jacobian, the largest row sum of it. [step, batch], or None.
 
     `error` and `stiffness` are differentiable under adjoint "direct" and "checkpointed"; t and dt are constants.
     """
@@ -102,16 +110,19 @@ class Solution:
         ts: output times, [times], or [times, batch] where each sample has its own.
         zs: the states there, in the structure of z0, every tensor [times, batch, ...]. NaN from where a sample failed.
         status: how each sample ended, [batch] int64, values of `Status`.
+        events: the `Occurrences` of every event that the solve was given, in their order. From a sample's first
+            terminal event on, `zs`, `final` and `solution(t)` hold its state there.
         residual: of a steady state; None for a finite horizon.
         solver, rtol, atol, control: what it was solved with.
     """
 
     residual: Tensor | None = None
 
-    def __init__(self, problem: Problem, outcome: Outcome, ts: Tensor, zs, z0_flat: Tensor):
+    def __init__(self, problem: Problem, outcome: Outcome, ts: Tensor, found: Outputs, z0_flat: Tensor):
         trajectory = outcome.trajectory
         self._problem, self._outcome, self._z0 = problem, outcome, z0_flat
-        self.ts, self.zs = ts, zs
+        self._stopped, self._held = found.stopped, found.held
+        self.ts, self.zs, self.events = ts, problem.field.layout.unpack(found.zs), found.events
         batch = problem.field.layout.batch
         self.status = trajectory.status.expand(batch)
         self._calls = problem.field.calls
@@ -122,7 +133,8 @@ class Solution:
     def stats(self) -> Statistics:
         """How much work it was."""
         counts = self._outcome.trajectory.counts
-        return Statistics(counts.nfe, counts.accepted, counts.rejected, self._calls)
+        linear = counts.jacobians, counts.factorizations, counts.linear_solves
+        return Statistics(counts.nfe, counts.accepted, counts.rejected, self._calls, *linear)
 
     @property
     def final(self):
@@ -235,62 +247,96 @@ class Solution:
         for i, here in enumerate(combinations):
             points = (which == i).nonzero().flatten()
             order.append(points)
-            for_all = theta[points]
             if everyone:
-                pieces.append(p.solver.interpolate(self._stages(here[0], states, kept), for_all[:, 0], None))
+                part, snapshot = self._shared_stages(here[0], states, kept)
+                pieces.append(part.interpolate(snapshot, theta[points, 0], None))
                 continue
-            rows = torch.arange(times.shape[1], device=step.device)
-            if p.joint:
-                value = torch.stack(
-                    [
-                        torch.cat(
-                            [
-                                p.solver.interpolate(self._stages(j, states, kept), row[b : b + 1], rows[b : b + 1])
-                                for b, j in enumerate(here)
-                            ]
-                        )
-                        for row in for_all
-                    ]
-                )
-            else:
-                flat = p.solver.interpolate(
-                    self._stages(here, states, kept), for_all.flatten(), rows.repeat(len(points))
-                )
-                value = flat.view(len(points), len(rows), -1)
+            value = self._z0.new_zeros(len(points), grid.batch, self._z0.shape[1])
+            for part, rows, snapshot, at in self._own_stages(here, states, kept):
+                flat = part.interpolate(snapshot, theta[points][:, rows].flatten(), at.repeat(len(points)))
+                value = value.index_copy(1, rows, flat.view(len(points), len(rows), -1))
             pieces.append(value)
         values = torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
         # A sample that failed at once has no step; all that is known of it is where it started.
         values = torch.where((grid.counts > 0)[:, None], values, self._z0)
-        return torch.where(reached[..., None], values, float("nan"))
+        values = torch.where(reached[..., None], values, float("nan"))
+        if self._held is None:
+            return values
+        gone = (times * direction).expand(-1, grid.batch) > self._stopped * direction
+        return torch.where(gone[..., None], self._held, values)
 
-    def _stages(self, step: Tensor, states: Tensor, kept: bool) -> Tensor:
-        """The stages of a step: one for the whole batch, or each sample's own ([batch] indices)."""
+    def _own_stages(self, step: Tensor, states: Tensor, kept: bool):
+        """The stages of every sample's own step, [batch] indices.
+
+        Yields:
+            (the method, the samples, their snapshot, where in it they are).
+        """
         p, grid = self._problem, self._outcome.trajectory.grid
-        shared = step.dim() == 0
+        if p.joint:
+            for j in step.unique():
+                rows = (step == j).nonzero().flatten()
+                part, snapshot = self._shared_stages(j, states, kept)
+                yield part, rows, snapshot, rows
+            return
+        everyone = torch.arange(grid.batch, device=step.device)
+        parts = grid.part_of(step, everyone)
+        for i, part in enumerate(p.solver.parts):
+            # A sample that failed at once has no step to be made again, and f may be unable to handle it.
+            rows = ((parts == i) & (grid.counts > 0)).nonzero().flatten()
+            if len(rows):
+                at = torch.arange(len(rows), device=step.device)
+                yield part, rows, self._stages(part, step[rows], rows, states, kept), at
+
+    def _shared_stages(self, step: Tensor, states: Tensor, kept: bool) -> tuple[Solver, Tensor]:
+        """The method and the stages of a step that the whole batch took."""
+        grid = self._outcome.trajectory.grid
         rows = torch.arange(grid.batch, device=step.device)
-        index = grid.flat_index[step] if shared else grid.flat_index[step, rows]
+        part = self._problem.solver.parts[grid.parts[int(step)][0][0]]
+        return part, self._stages(part, step.expand(grid.batch), rows, states, kept)
+
+    def _stages(self, part: Solver, step: Tensor, rows: Tensor, states: Tensor, kept: bool) -> Tensor:
+        """The stages of a step of some samples, made with one method; step and rows are [samples]."""
+        p, grid = self._problem, self._outcome.trajectory.grid
+        index = grid.flat_index[step, rows]
         if kept:
-            return self._kept[:, index]
-        group = rows[:1] if shared else rows
-        t, dt = (grid.padded(name)[step.expand(len(group)), group] for name in ("t", "dt"))
-        z = states.index_select(0, index)
-        # A sample that failed at once has no step to be made again, and f may be unable to handle it.
-        able = grid.counts > 0
-        rows = None if bool(able.all()) else able.nonzero().flatten()
-        if rows is not None:
-            t, dt, z = t[rows], dt[rows], z[rows]
-        memory = p.solver.memory(z, taped=torch.is_grad_enabled())
-        made = p.solver.snapshot(p.solver.step(p.field.on(rows), t, dt, z, None, memory, close=True).stages)
-        if rows is None:
-            return made
-        return made.new_zeros(len(made), grid.batch, made.shape[2]).index_copy(1, rows, made)
+            snapshot, count = self._kept
+            return snapshot[: count[p.solver.parts.index(part)], index]
+        group = rows[:1] if p.joint else rows
+        whole = None if len(rows) == grid.batch else rows
+
+        def times(back: int):
+            return (
+                grid.padded(name)[(step - back)[: len(group)], group * (not p.joint)] for name in ("t", "dt", "t_end")
+            )
+
+        t, dt, t_end = times(0)
+        past = {}
+        if part.history:
+            slopes, sizes = [], []
+            for back in range(1, part.history + 1):
+                before, size, end = times(back)
+                f = p.f(whole, before, end)
+                slopes.append(f(f.times(before)[0], states.index_select(0, grid.flat_index[step - back, rows])))
+                sizes.append(size)
+            past = {"past": Past(torch.stack(slopes), torch.stack(sizes))}
+        z, f = states.index_select(0, index), p.f(whole, t, t_end)
+        step = part.attempt(f, t, dt, z, None, part.memory(z, torch.is_grad_enabled()), close=True, **past)
+        stages = step.stages if part.closes else part.finish(step.stages, f(f.times(t_end)[0], step.z))
+        return part.snapshot(stages)
 
     @functools.cached_property
-    def _kept(self) -> Tensor:
-        """All stages that were kept, [rows, all accepted, features]."""
+    def _kept(self) -> tuple[Tensor, list[int]]:
+        """All stages that were kept, [rows, all accepted, features]; and how many rows every method has."""
         trajectory = self._outcome.trajectory
-        parts = [r.snapshot.movedim(0, 1) for r in trajectory.records]
-        return trajectory.grid.gather(parts, parts[0]).movedim(1, 0)
+        count = [0] * len(self._problem.solver.parts)
+        for record in trajectory.records:
+            count[record.part] = len(record.snapshot)
+        most = max(count)
+        parts = [
+            torch.cat([r.snapshot, r.snapshot.new_zeros(most - len(r.snapshot), *r.snapshot.shape[1:])]).movedim(0, 1)
+            for r in trajectory.records
+        ]
+        return trajectory.grid.gather(parts, parts[0]).movedim(1, 0), count
 
     def plot(self, sample: int = 0, axes=None):
         """Draws step sizes, error ratios and stiffness along t. See `neuralde.plotting.plot_solution`."""

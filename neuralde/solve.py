@@ -18,7 +18,10 @@ from .adjoints import Adjoint
 from .control import StepControl
 from .equations import ODE
 from .errors import SolveWarning, failure
+from .events import Event, Watch
+from .events import parse as parse_events
 from .field import Field, full_precision
+from .outputs import outputs, shift_start
 from .problem import Problem
 from .solution import Solution
 from .solvers import Solver
@@ -30,8 +33,8 @@ def solve(
     z0,
     t,
     solver: str | Solver = "tsit5",
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
+    rtol=1e-3,
+    atol=1e-6,
     control: str | StepControl = "per_sample",
     adjoint: str | Adjoint = "checkpointed",
     args=None,
@@ -39,6 +42,13 @@ def solve(
     dt0: float | None = None,
     dense: bool = False,
     on_failure: str = "raise",
+    *,
+    dt_min: float | None = None,
+    dt_max: float | None = None,
+    jump_times=None,
+    step_times=None,
+    events: Event | list[Event] | None = None,
+    observer=None,
 ) -> Solution:
     """Solves dz/dt = f(t, z) for a batch of samples.
 
@@ -50,6 +60,8 @@ def solve(
             The first is where the solve starts, the last where it ends; those between cost no steps.
         solver: a name (see `neuralde.solvers.SOLVERS`) or a solver object.
         rtol, atol: tolerances of the error test |error| ≤ atol + rtol·max(|z|, |z_next|), in RMS. rtol > 0, atol ≥ 0.
+            A number; or one per component: a tensor that broadcasts to z0 (or to one sample of it), or a tuple or dict
+            of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test.
         control: "per_sample", every sample has its own step size and its answer does not depend on the others; or
             "joint", one step size and one RMS norm for the whole batch. Or a `StepControl`.
         adjoint: "checkpointed", exact gradients at one state of memory per step; "direct", everything on the tape.
@@ -59,6 +71,16 @@ def solve(
         dense: keep every step's stages, so that `solution(t)` need not evaluate f again (when no gradient is wanted).
         on_failure: "raise" an error that says which samples failed, where and why; "warn", and go on with the other
             samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why.
+        dt_min: least step size, positive. A step that fails the error test at that size fails the solve.
+        dt_max: largest step size, positive.
+        jump_times: where f jumps, [times] or [batch, times]: steps end there, and f is evaluated on either side only.
+            Those outside of the horizon are of no effect: pad with inf.
+        step_times: where a step has to end although f is smooth there, likewise.
+        events: an `Event`, or a list of them, to find in the solution: see `solution.events`. A sample ends at its
+            first terminal one.
+        observer: an object with any of the methods attempt, accept and reject (t, z, dt), called for the samples whose
+            step is attempted, was accepted, was rejected: t and dt are [samples] ([1] under joint control), z is in the
+            structure of z0.
 
     Returns:
         A `Solution`.
@@ -71,43 +93,60 @@ def solve(
     solution; step sizes are constants to them. Gradients with respect to t are those of the continuous solution:
     dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0; first derivatives only.
     """
+    steps = {"dt0": dt0, "dt_min": dt_min, "dt_max": dt_max, "max_steps": max_steps}
+    stops = {"jump_times": jump_times, "step_times": step_times}
     return _untraced(_solve)(
-        equation, z0, t, solver, rtol, atol, control, adjoint, args, max_steps, dt0, dense, on_failure
+        equation, z0, t, solver, (rtol, atol), control, adjoint, args, steps, stops, events, observer, dense, on_failure
     )
 
 
-def _solve(equation, z0, t, solver, rtol, atol, control, adjoint, args, max_steps, dt0, dense, on_failure) -> Solution:
+def _solve(
+    equation, z0, t, solver, tolerances, control, adjoint, args, steps, stops, events, observer, dense, on_failure
+) -> Solution:
     if not isinstance(equation, ODE):
         hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
         raise TypeError(f"equation must be an nde.ODE, got {type(equation).__name__}{hint}")
     layout = Layout.of(z0)
     solver, control, adjoint = solvers.get(solver), _control.get(control), adjoints.get(adjoint)
-    _check_numbers(rtol, atol, max_steps, dt0, on_failure)
+    _check_steps(**steps)
+    if on_failure not in ("raise", "warn", "ignore"):
+        raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+    dt0 = steps["dt0"]
     if control.adaptive and not solver.adaptive:
         control = _fixed(control)
     if not control.adaptive and dt0 is None:
         raise ValueError(f"dt0 is needed: solver {solver.name!r} takes fixed steps, of size dt0; pass e.g. dt0=0.1")
     if control.adaptive and solver.error_order is None:
         raise ValueError(f"solver {solver.name!r} has no error estimate; use StepControl(adaptive=False) with dt0")
-    ts, times = _times(t, layout, joint=not control.per_sample)
+    joint = not control.per_sample
+    ts, times = _times(t, layout, joint)
+    jumps, stops = (_stops(name, x, layout, joint) for name, x in stops.items())
+    if not control.adaptive:
+        _refuse_bounds(**steps)
 
     flat = layout.pack_start(z0)
+    field = Field(equation, layout, args, joint, solver.linearizes)
     problem = Problem(
-        field=Field(equation, layout, args, joint=not control.per_sample),
+        field=field,
         solver=solver,
         control=control,
         times=times.detach(),
-        norm=_control.Norm(float(rtol), float(atol), joint=not control.per_sample),
+        norm=_control.norm(*tolerances, control, layout),
         dt0=None if dt0 is None else float(dt0),
-        max_steps=max_steps,
+        max_steps=steps["max_steps"],
         keep_stages=dense,
+        dt_min=steps["dt_min"],
+        dt_max=steps["dt_max"],
+        jumps=jumps,
+        stops=jumps if stops is None else stops if jumps is None else torch.cat([jumps, stops]),
+        watch=None if events is None else Watch(parse_events(events), field, layout),
+        observer=observer,
     )
     with full_precision(layout.device):
-        outcome = adjoint.solve(problem, _shift_start(problem, flat, times))
+        outcome = adjoint.solve(problem, shift_start(problem, flat, times))
         _report(problem, outcome.trajectory, on_failure)
-        middle = () if outcome.interior is None else (outcome.interior,)
-        zs = _shift_outputs(problem, torch.cat([flat[None], *middle, outcome.final[None]]), times)
-    return Solution(problem, outcome, ts, layout.unpack(zs), flat)
+        found = outputs(problem, outcome, flat, times)
+    return Solution(problem, outcome, ts, found, flat)
 
 
 def _untraced(function):
@@ -125,19 +164,48 @@ def _disabled(function):
     return torch.compiler.disable(function)
 
 
-def _check_numbers(rtol, atol, max_steps, dt0, on_failure):
-    _control.check_tolerances(rtol, atol)
-    if not isinstance(max_steps, numbers.Integral):
+def _check_steps(max_steps, dt0, dt_min, dt_max):
+    if not isinstance(max_steps, numbers.Integral) or isinstance(max_steps, bool):
         raise TypeError(f"max_steps must be an integer, got {type(max_steps).__name__}")
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    if dt0 is not None:
-        if not isinstance(dt0, numbers.Real):
-            raise TypeError(f"dt0 must be a number or None, got {type(dt0).__name__}")
-        if not (dt0 > 0 and math.isfinite(dt0)):
-            raise ValueError(f"dt0 must be positive and finite (t gives the direction), got {dt0}")
-    if on_failure not in ("raise", "warn", "ignore"):
-        raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+    for name, value in (("dt0", dt0), ("dt_min", dt_min), ("dt_max", dt_max)):
+        if value is None:
+            continue
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite (t gives the direction), got {value}")
+    if dt_min is not None and dt_max is not None and dt_min > dt_max:
+        raise ValueError(f"dt_min must be at most dt_max, got {dt_min} and {dt_max}")
+
+
+def _refuse_bounds(max_steps, dt0, dt_min, dt_max):
+    for name, value in (("dt_min", dt_min), ("dt_max", dt_max)):
+        if value is not None:
+            raise ValueError(f"{name} bounds adaptive steps, but every step is dt0 = {dt0} here; leave {name} out")
+
+
+def _stops(name: str, times, layout: Layout, joint: bool) -> Tensor | None:
+    """Times at which steps end, as [points, groups], or None."""
+    if times is None:
+        return None
+    try:
+        times = torch.as_tensor(times, dtype=layout.time_dtype, device=layout.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers or a tensor [times] or [batch, times], got {times!r}") from error
+    if times.dim() not in (1, 2) or (times.dim() == 2 and len(times) != layout.batch):
+        raise ValueError(f"{name} must be [times] or [batch, times] = [{layout.batch}, ...], got {tuple(times.shape)}")
+    if bool(times.isnan().any()):
+        raise ValueError(f"{name} must not hold NaN; pad with inf")
+    if times.shape[-1] == 0:
+        return None
+    if joint and times.dim() == 2:
+        if not bool((times == times[:1]).all()):
+            raise ValueError(f'{name} differs between samples, which control="joint" steps together; pass [times]')
+        times = times[0]
+    points = times[:, None] if times.dim() == 1 else times.T
+    return points if joint else points.expand(-1, layout.batch)
 
 
 def _fixed(control: StepControl) -> StepControl:
@@ -209,49 +277,14 @@ def _sample_of(values: Tensor) -> str:
     return f"sample {int(bad.nonzero()[0])}"
 
 
-def _shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
-    """z0 with the gradient of t0: a later start is the same start moved back along f."""
-    if not (times.requires_grad and torch.is_grad_enabled()):
-        return z0
-    with torch.no_grad():
-        slope = problem.field(problem.field.times(problem.start)[0], z0)
-    start = times[0].expand(len(z0))
-    return z0 - (start - start.detach())[:, None].to(z0.dtype) * slope
-
-
-def _shift_outputs(problem: Problem, zs: Tensor, times: Tensor) -> Tensor:
-    """The outputs with the gradients of their times: dz(t)/dt = f(t, z)."""
-    if not (times.requires_grad and torch.is_grad_enabled()):
-        return zs
-    moved = [zs[0]]
-    for z, t in zip(zs[1:], times[1:], strict=True):
-        slope = _slope_at(problem, t.detach(), z.detach(), zs[0].detach())
-        t = t.expand(len(z))
-        moved.append(z + (t - t.detach())[:, None].to(z.dtype) * slope)
-    return torch.stack(moved)
-
-
-@torch.no_grad()
-def _slope_at(problem: Problem, t: Tensor, z: Tensor, start: Tensor) -> Tensor:
-    """f at an output, 0 where a sample did not get there (f is called at its start instead)."""
-    field, got = problem.field, torch.isfinite(z).all(dim=1)
-    z = torch.where(got[:, None], z, start)
-    if problem.joint and len(t) > 1:  # outputs at different times, but f takes one t for the batch
-        slope = torch.zeros_like(z)
-        for one in t.unique():
-            slope = torch.where((t == one)[:, None], field(field.times(one[None])[0], z), slope)
-    else:
-        slope = field(field.times(t)[0], z)
-    return torch.where(got[:, None], slope, 0.0)
-
-
 def _report(problem: Problem, trajectory, on_failure: str):
     if on_failure == "ignore":
         return
     if trajectory.complete:
         return
     batch, figures = problem.field.layout.batch, (trajectory.reached, *trajectory.last_attempt())
-    error = failure(*(x if x is None else x.expand(batch) for x in (trajectory.status, *figures)), problem.joint)
+    figures = (x if x is None else x.expand(batch) for x in (trajectory.status, *figures))
+    error = failure(*figures, problem.joint, problem.solver.stability_size)
     if on_failure == "raise":
         raise error
     warnings.warn(str(error), SolveWarning, stacklevel=4)

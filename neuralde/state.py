@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,39 @@ class Layout:
             few = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise ValueError(f"z0 must be finite, but samples {few} hold NaN or infinity")
         return flat
+
+    def pack_figures(self, name: str, value) -> Tensor:
+        """Numbers for every component of the state, real, [1 or batch, features].
+
+        Args:
+            name: of the argument, for messages.
+            value: a tensor that broadcasts to the state or to one sample of it; or the state's structure of these and
+                of numbers.
+        """
+        leaves, tree = [value], None
+        if self.tree is not None:
+            leaves, tree = pytree.tree_flatten(value)
+            if tree != self.tree:
+                raise ValueError(f"{name} must be a number or follow the structure of z0, {self.tree}, got {tree}")
+        rows = []
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor | numbers.Real) or isinstance(leaf, bool):
+                raise TypeError(f"{name} must hold numbers or tensors, got {type(leaf).__name__}")
+            leaf = torch.as_tensor(leaf, device=self.device).detach()
+            if leaf.is_complex():
+                raise TypeError(f"{name} must be real, got {leaf.dtype}")
+            count = len(leaf) if leaf.dim() == len(shape) + 1 else 1
+            try:
+                rows.append(leaf.to(self.time_dtype).expand(count, *shape).reshape(count, -1))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{name} must broadcast to z0, {(self.batch, *shape)}, or to a sample of it, got "
+                    f"{tuple(leaf.shape)}"
+                ) from error
+            if count not in (1, self.batch):
+                raise ValueError(f"{name} must have 1 or {self.batch} rows, one per sample, got {count}")
+        most = max(len(row) for row in rows)
+        return torch.cat([row.expand(most, -1) for row in rows], dim=1)
 
     def unpack(self, flat: Tensor):
         """[..., features] -> state, with every leading dimension kept (batch, or times and batch)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import control as _control
 from .errors import Status
+from .events import Hits
 from .grid import Grid, Record
 from .problem import Problem
 
@@ -23,11 +24,15 @@ class Counts(NamedTuple):
     Attributes:
         accepted, rejected: attempts judged.
         nfe: evaluations of f on the sample.
+        jacobians, factorizations, linear_solves: as `solvers.Work`.
     """
 
     accepted: Tensor
     rejected: Tensor
     nfe: Tensor
+    jacobians: Tensor
+    factorizations: Tensor
+    linear_solves: Tensor
 
 
 class Trajectory:
@@ -37,14 +42,22 @@ class Trajectory:
         problem: what was solved.
         final: the state at the end, [batch, features]; NaN for samples that did not get there.
         interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
+        hits: the events that took place, or None. Their states are the last rows of `interior`.
         status: [groups]. complete: whether every sample succeeded.
         records: the accepted attempts.
     """
 
     def __init__(
-        self, problem: Problem, z0: Tensor, parts: list[_Lane], records: list[Record], interior, nfe_extra: int
+        self,
+        problem: Problem,
+        z0: Tensor,
+        parts: list[_Lane],
+        records: list[Record],
+        interior: Tensor | None,
+        nfe_extra: int,
+        hits: Hits | None,
     ):
-        self.problem, self.records, self.interior = problem, records, interior
+        self.problem, self.records, self.interior, self.hits = problem, records, interior, hits
         self._z0, self._parts, self._nfe_extra = z0, parts, nfe_extra
         self.status = self._whole(lambda lane: lane.status)
         self.final = self._whole(lambda lane: lane.z)
@@ -80,22 +93,21 @@ class Trajectory:
         """The stiffness of every accepted step, as `error`."""
         if not self.problem.solver.reports_stiffness:
             return None
-        top, bottom, dt = (
-            self.grid.gather(parts, self.problem.start)
-            for parts in (
-                [r.figures[-2] for r in self.records],
-                [r.figures[-1] for r in self.records],
-                [r.dt for r in self.records],
-            )
+        solvers = self.problem.solver.parts
+        return self.grid.gather(
+            [_control.reported(r.figures, r.dt, solvers[r.part])[1] for r in self.records], self.problem.start
         )
-        return _control.quotient(top, bottom, dt)
 
     @functools.cached_property
     def counts(self) -> Counts:
         """The work."""
         accepted, rejected = self._whole(lambda lane: lane.accepted), self._whole(lambda lane: lane.rejected)
-        nfe = (accepted + rejected) * self.problem.solver.calls_per_step + self._nfe_extra
-        return Counts(*(x.expand(len(self._z0)) for x in (accepted, rejected, nfe.clamp(min=1))))
+        nfe = self._whole(lambda lane: lane.calls) + self._nfe_extra
+        solver = self.problem.solver
+        if len(solver.parts) == 1 and not solver.linearizes:
+            nfe = nfe + (accepted + rejected) * solver.calls_per_step
+        linear = self._whole(_linear).unbind(1)
+        return Counts(*(x.expand(len(self._z0)) for x in (accepted, rejected, nfe.clamp(min=1), *linear)))
 
     @functools.cached_property
     def reached(self) -> Tensor:
@@ -105,12 +117,17 @@ class Trajectory:
     def last_attempt(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dt, error ratio, stiffness) of every failed sample's last attempt, [groups] or None if not reported."""
         solver = self.problem.solver
-        h, *figures = (self._whole(lambda lane, i=i: _last(lane)[i]) for i in range(4))
-        error = figures[0] if solver.error_order is not None else None
-        pair = figures[1:3] if solver.error_order is not None else figures[:2]
-        stiffness = _control.quotient(*pair, h) if solver.reports_stiffness else None
-        return self._whole(lambda lane: lane.signed(_last(lane)[0])), error, stiffness
+        error, stiffness = (self._whole(lambda lane, i=i: _last(lane)[i]) for i in (1, 2))
+        return (
+            self._whole(lambda lane: lane.signed(_last(lane)[0])),
+            error if solver.error_order is not None else None,
+            stiffness if solver.reports_stiffness else None,
+        )
 
 
 def _last(lane: _Lane) -> Tensor:
-    return lane.s.new_full((4, len(lane.s)), float("nan")) if lane.last is None else lane.last
+    return lane.s.new_full((3, len(lane.s)), float("nan")) if lane.last is None else lane.last
+
+
+def _linear(lane: _Lane) -> Tensor:
+    return lane.s.new_zeros(len(lane.s), 3, dtype=torch.int64) if lane.linear is None else lane.linear.T

@@ -106,7 +106,16 @@ class GlobalStiffness(_Global):
         """See `Regularizer.figure`."""
         solution.require("stiffness")
         figure = self._reduced(solution, solution.steps.stiffness)
-        return figure / solution.solver.stability_size if self.relative else figure
+        return figure / _stability_size(solution.solver) if self.relative else figure
+
+
+def _stability_size(solver) -> float:
+    if solver.stability_size is None:
+        raise ValueError(
+            f"solver {solver.name!r} is stable however stiff the equation is: it has no stability size that "
+            "stiffness could be relative to; use relative=False"
+        )
+    return solver.stability_size
 
 
 class _Local(Regularizer):
@@ -218,4 +227,4 @@ class LocalStiffness(_Local):
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
         probe = self.probe(solution, self.sample(solution))
-        return probe.stiffness / probe.solver.stability_size if self.relative else probe.stiffness
+        return probe.stiffness / _stability_size(probe.solver) if self.relative else probe.stiffness

@@ -107,26 +107,33 @@ def raised(case: Case, **changes) -> nde.NeuralDEError:
 @pytest.mark.parametrize("solver", ADAPTIVE)
 def test_the_error_is_about_the_samples_that_failed(case, solver):
     """A failure ends the solve; the error is about whoever has failed by then, and no healthy sample."""
-    error = raised(case, solver=solver)
-    assert type(error) is case.error
+    method = nde.solvers.get(solver)
+    error = raised(case, solver=solver, max_steps=10000)
+    # Nothing solves z₁ = z - dt·sign(z₁) across zero: Newton's iteration does not converge, however small the step.
+    unsolvable = case is CASES["discontinuity"] and solver == "implicit_euler"
+    assert type(error) is (nde.NonFiniteState if unsolvable else case.error)
     assert error.samples and set(error.samples) <= set(case.failing)
     for column in (error.t, error.dt, error.error, error.stiffness):
         assert len(column) == len(error.samples)
         assert all(isinstance(x, float) for x in column)
     expected = [case.failing[i] for i in error.samples]
-    assert error.t == pytest.approx(expected, abs=case.within)
+    # A method of lower order than its estimate is less accurate than the tolerance.
+    within = case.within ** min(1.0, method.order / method.error_order)
+    assert error.t == pytest.approx(expected, abs=within)
     if case.status is Status.STEP_SIZE_UNDERFLOW:
         # The last attempt: as small as the precision of t allows, if it was for an error above the tolerance.
         assert all(0 < dt < 1e-14 for dt in error.dt)
-        if case is CASES["discontinuity"]:
+        if case is CASES["discontinuity"] and not unsolvable:
             assert all(ratio > 1 for ratio in error.error)
         if solver in WITH_STIFFNESS:
-            assert all(stiff > 0 for stiff in error.stiffness)
+            flat = method.parts[0].linearizes and case is CASES["discontinuity"]  # the derivative of sign is 0
+            assert all(stiff == 0 if flat else stiff > 0 for stiff in error.stiffness)
     elif expected[0] > 0:
         assert all(0 < dt < 1e-14 for dt in error.dt)
     if case.status is Status.NON_FINITE:
         assert not any(math.isfinite(ratio) for ratio in error.error)
-        assert not any(math.isfinite(stiff) for stiff in error.stiffness), "no number can be made of NaN"
+        if not method.parts[0].linearizes:  # which may have a Jacobian where the attempt started
+            assert not any(math.isfinite(stiff) for stiff in error.stiffness), "no number can be made of NaN"
     if solver not in WITH_STIFFNESS:
         assert all(math.isnan(stiff) for stiff in error.stiffness)
 
@@ -208,13 +215,16 @@ def test_max_steps(control, solver):
     """One sample is too stiff for the steps that it may take: the error knows how stiff."""
     rate = torch.tensor([[1.0], [5000.0], [2.0]], dtype=torch.float64)
     equation, z0 = nde.ODE(lambda t, z: -rate * z), torch.ones(3, 1, dtype=torch.float64)
+    size, budget = nde.solvers.get(solver).stability_size, 60
+    if size is None:  # stiffness costs no steps but those of the fast transient: no more than the others need
+        calm = nde.solve(nde.ODE(lambda t, z: -rate[::2] * z), z0[::2], (0.0, 1.0), solver=solver).stats
+        budget = int((calm.accepted + calm.rejected).max())
     with pytest.raises(nde.MaxStepsReached) as caught:
-        nde.solve(equation, z0, (0.0, 1.0), solver=solver, control=control, max_steps=60)
+        nde.solve(equation, z0, (0.0, 1.0), solver=solver, control=control, max_steps=budget)
     error = caught.value
     assert "max_steps" in str(error) and Status.MAX_STEPS.message in str(error)
     assert all(0.0 < t < 0.5 for t in error.t)
-    size = nde.solvers.get(solver).stability_size
-    assert all(0 < dt * 5000.0 < 4 * size for dt in error.dt)
+    assert all(0 < dt * 5000.0 < 4 * (size or math.inf) for dt in error.dt)
     if control == "per_sample":
         assert error.samples == [1]
         if solver in WITH_STIFFNESS:
@@ -227,11 +237,12 @@ def test_max_steps(control, solver):
 def test_max_steps_counts_attempts(solver):
     """Exactly as many as are needed suffice, one less does not."""
     equation, z0 = nde.ODE(lambda t, z: -20.0 * torch.sin(9 * t) * z), torch.ones(1, 1, dtype=torch.float64)
-    needed = nde.solve(equation, z0, (0.0, 2.0), dt0=0.1, solver=solver, rtol=1e-5).stats
+    rtol = 1e-5 if nde.solvers.get(solver).order > 1 or solver not in ADAPTIVE else 1e-2
+    needed = nde.solve(equation, z0, (0.0, 2.0), dt0=0.1, solver=solver, rtol=rtol).stats
     if solver in ADAPTIVE:
         assert needed.rejected > 0
     attempts = int(needed.accepted + needed.rejected)
-    more = {"dt0": 0.1, "solver": solver, "rtol": 1e-5}
+    more = {"dt0": 0.1, "solver": solver, "rtol": rtol}
     assert nde.solve(equation, z0, (0.0, 2.0), max_steps=attempts, **more).converged.all()
     with pytest.raises(nde.MaxStepsReached):
         nde.solve(equation, z0, (0.0, 2.0), max_steps=attempts - 1, **more)

@@ -21,8 +21,9 @@ def crowd():
 def outcome(z0, mu, t, solver, adjoint):
     """zs, steps and the gradients of a loss that uses the state, the error and the stiffness."""
     z0, mu = z0.clone().requires_grad_(), mu.clone().requires_grad_()
+    rtol = 1e-5 if nde.solvers.get(solver).order > 1 else 1e-3
     solution = nde.solve(
-        nde.ODE(van_der_pol(None)), z0, t, solver=solver, adjoint=adjoint, args=mu, rtol=1e-5, atol=1e-7
+        nde.ODE(van_der_pol(None)), z0, t, solver=solver, adjoint=adjoint, args=mu, rtol=rtol, atol=1e-2 * rtol
     )
     loss = (solution.zs**2).sum() + solution.error.sum()
     if solution.solver.reports_stiffness:

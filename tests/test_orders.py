@@ -69,8 +69,12 @@ def test_order_of_interpolant(name):
 @pytest.mark.parametrize("name", [n for n in SOLVERS if nde.solvers.get(n).adaptive])
 @pytest.mark.parametrize("control", ["per_sample", "joint"])
 def test_error_follows_the_tolerance(name, control):
+    method = nde.solvers.get(name)
+    # Where the method is of lower order than its estimate, which it does not add to the solution, the sum over steps
+    # of size tolerance^(1/q) is that of errors of size tolerance^((p + 1)/q).
+    power = method.order / method.error_order
     errors = []
-    for tolerance in (1e-4, 1e-6, 1e-8):
+    for tolerance in (1e-4, 1e-6, 1e-8) if method.order > 1 else (1e-2, 1e-4, 1e-6):
         solution = nde.solve(
             nde.ODE(rotating),
             rotating_exact(0.0).expand(3, 4),
@@ -81,8 +85,8 @@ def test_error_follows_the_tolerance(name, control):
             atol=tolerance,
         )
         errors.append(float((solution.final - rotating_exact(2.0)).abs().max()))
-        assert errors[-1] < 100 * tolerance
-    assert errors[0] / errors[2] > 1e3
+        assert errors[-1] < 100 * tolerance**power
+    assert errors[0] / errors[2] > 0.1 * 1e4**power
 
 
 def test_torchdyn_rk4_is_first_order_on_time_dependent_problems():

@@ -1,4 +1,4 @@
-"""What the pages show works: the notebooks run, and so does README's code."""
+"""What the pages show works: the notebooks run, and so does the code of README and of docs/interop.md."""
 
 import pathlib
 import re
@@ -30,19 +30,35 @@ def test_notebook_is_committed_executed_with_pictures(path):
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
 
 
-def readme_code():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def code_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def test_readme_code_runs(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     scope = {}
-    blocks = readme_code()
+    blocks = code_of("README.md")
     assert len(blocks) >= 3
     for block in blocks:
         exec(block, scope)
     assert scope["solution"].zs.shape == (11, 8, 2)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in scope["model"].parameters())
+
+
+def test_interop_code_runs():
+    pytest.importorskip("torchdyn.core")
+    scope = {}
+    for block in code_of("docs/interop.md"):
+        exec(block, scope)
+    assert scope["y"].shape == (11, 8, 2) and scope["z"].shape == (8, 2)
+    assert all(p.grad is not None for p in (*scope["f"].parameters(), *scope["correction"].parameters()))
+
+
+def test_interop_page_names_every_method():
+    from neuralde.interop._methods import METHODS
+
+    page = (ROOT / "docs" / "interop.md").read_text()
+    assert all(f"`{name}`" in page for name in METHODS)
 
 
 def test_ci_runs_readmes_test_command():

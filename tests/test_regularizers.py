@@ -469,7 +469,9 @@ def test_global_gradients_of_other_solvers(control, adjoint, solver):
     moved = Moved(f, z0)
     gradients = torch.autograd.grad(penalty(solution), moved.tensors)
     at = moved.evaluated(lambda: penalty(nde.introspection.replay(solution, z0=z0)))
-    torch.testing.assert_close(moved.along(gradients), fourth_order(at), rtol=1e-6, atol=0)
+    # Among the many steps of a method of low order is one at a kink, where a state passes through zero.
+    h = 1e-4 if solution.solver.order > 3 else 3e-7
+    torch.testing.assert_close(moved.along(gradients), fourth_order(at, h), rtol=1e-6, atol=0)
 
 
 @CONTROL

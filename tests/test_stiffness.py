@@ -63,12 +63,22 @@ def test_stability_size_is_the_published_one(name, size):
     assert nde.solvers.get(name).stability_size == pytest.approx(size, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", list(nde.solvers.SOLVERS))
+@pytest.mark.parametrize("name", [n for n, s in nde.solvers.SOLVERS.items() if s.stability_size is not None])
 def test_stability_size_is_where_the_method_stops_decaying(name):
     size = nde.solvers.get(name).stability_size
     for factor, grows in ((0.999, False), (1.001, True)):
         probe = nde.probe(lambda t, z: -z, 0.0, torch.ones(1, 1, dtype=torch.float64), dt=size * factor, solver=name)
         assert (abs(float(probe.z)) > 1.0) is grows
+
+
+@pytest.mark.parametrize("name", [n for n, s in nde.solvers.SOLVERS.items() if s.parts[0].stability_size is None])
+def test_a_method_without_a_stability_size_is_stable_on_the_left_half_plane_and_damps_what_is_stiff(name):
+    start = torch.ones(1, 1, dtype=torch.complex128)
+    for angle in (0.501, 0.6, 0.8, 1.0):
+        for size in 10.0 ** torch.arange(-3, 9):
+            rate = torch.polar(size, torch.tensor(angle * torch.pi)).to(start)
+            z = abs(complex(nde.probe(lambda t, z: rate * z, 0.0, start, dt=1.0, solver=name).z))
+            assert z < 1.0 and (size < 1e6 or z < 1e-4)
 
 
 def test_dopri8_pairs_are_rounding_error():

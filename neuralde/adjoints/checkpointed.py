@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 from ..discover import discover
 from ..errors import NeuralDEError, Status
 from ..field import Substitute, closed_over, full_precision, reachable
+from ..grid import Grid
 from ..problem import Problem
-from ..replay import Schedule, replay_all, replay_step
+from ..replay import Schedule, past_of, replay_all, replay_step
+from ..solvers import Past
 from ..trajectory import Trajectory
 from .base import Adjoint, Outcome, plain
 
@@ -30,12 +32,13 @@ class Checkpointed(Adjoint):
 
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """See `Adjoint.solve`."""
-        field, start, end = problem.field, problem.start, problem.end
+        field, start, end = problem.field, problem.first_instant, problem.end
         if not torch.is_grad_enabled():
             return plain(discover(problem, z0, field.first(start, z0, end)))
         slope, closed, seen = closed_over(field, start, z0.detach(), end)
         given = [x for x in pytree.tree_leaves(field.args) if isinstance(x, Tensor) and x.requires_grad]
-        tensors = list({id(x): x for x in (*given, *closed)}.values())
+        # A solver may have parameters too: the network of a hypersolver.
+        tensors = list({id(x): x for x in (*given, *closed, *reachable(problem.solver))}.values())
         if not (z0.requires_grad or tensors):
             return plain(discover(problem, z0, slope))
         run = _Run(problem, slope, tensors, seen)
@@ -66,7 +69,7 @@ class _Run:
         self.trajectory: Trajectory | None = None
 
     def _reached(self) -> set[int]:
-        return {id(x) for x in reachable(self.problem.field.equation.f)}
+        return {id(x) for uses in (self.problem.field.equation.f, self.problem.solver) for x in reachable(uses)}
 
     def require_same_f(self):
         """Raises NeuralDEError if f can reach other tensors now than in the solve."""
@@ -83,9 +86,10 @@ class _Run:
         return self.trajectory.status == Status.SUCCESS
 
     def schedule(self) -> Schedule | None:
-        if self.problem.interior is None:
+        trajectory = self.trajectory
+        if trajectory.interior is None:
             return None
-        return Schedule(self.problem, self.trajectory.grid, self.trajectory.reached)
+        return Schedule(self.problem, trajectory.grid, trajectory.reached, trajectory.hits)
 
 
 class _Solve(torch.autograd.Function):
@@ -98,6 +102,10 @@ class _Solve(torch.autograd.Function):
         states = trajectory.grid.flat_z
         for record in trajectory.records:
             record.z = None  # the grid has them now
+        if run.problem.solver.history:
+            trajectory.grid.slopes  # noqa: B018  (packs them)
+            for record in trajectory.records:
+                record.slope = None
         # Aliases: an output that is itself kept by the run would tie the run, its graph and the outputs in a cycle.
         return tuple(
             None if x is None else x.detach()
@@ -135,28 +143,36 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
         costate = torch.where(run.done[:, None], final, costate)
     field, leaves, substitute = _leaves(run, tensors)
     sums: list[Tensor | None] = [None] * len(leaves)
+    history = _History(problem, grid)
     for j in reversed(range(len(grid))):
         rows = grid.rows[j]
         z = grid.z[j].detach().requires_grad_()
         outputs = schedule.at(j) if schedule is not None else None
+        past = history.leaves(j)
         with torch.enable_grad(), full_precision(z0.device), substitute():
-            step = replay_step(problem, grid, j, z, lens, outputs, field)
+            step = replay_step(problem, grid, j, z, lens, outputs, field, past)
         if j == len(grid) - 1:
-            _same_step(step.z, run.trajectory.final if rows is None else run.trajectory.final[rows])
+            _same_step(step.z, run, rows)
         values, weights = [step.z], [costate if rows is None else costate.index_select(0, rows)]
         for value, flat in ((step.error, error), (step.stiffness, stiffness)):
             if flat is not None:
                 values.append(value)
                 weights.append(flat[j])
         if outputs is not None:
-            point, sample, _, _ = outputs
             values.append(step.outputs)
-            weights.append(interior[point] if sample is None else interior[point, sample])
+            at = outputs.point if outputs.sample is None else (outputs.point, outputs.sample)
+            weights.append(interior[at])
+        if step.slope is not None:
+            values.append(step.slope)
+            weights.append(history.cotangents[j])
         # f may be constant: then nothing of the step but z itself carries a gradient.
         pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v.requires_grad]
+        slopes = [] if past is None else [past.slopes]
         back, *gradients = torch.autograd.grad(
-            [v for v, _ in pairs], [z, *leaves], [w for _, w in pairs], allow_unused=True
+            [v for v, _ in pairs], [z, *slopes, *leaves], [w for _, w in pairs], allow_unused=True
         )
+        if slopes:
+            history.collect(j, gradients.pop(0))
         if states is not None:
             back = back + states[j]
         costate = back if rows is None else costate.index_copy(0, rows, back)
@@ -174,8 +190,31 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
     return [costate, *sums]
 
 
-def _same_step(again: Tensor, once: Tensor):
+class _History:
+    """The slopes that later steps of a multistep method build on, and their cotangents."""
+
+    def __init__(self, problem: Problem, grid: Grid):
+        self.problem, self.grid, self.depth = problem, grid, problem.solver.history
+        self.cotangents = [torch.zeros_like(z) for z in grid.z] if self.depth else []
+
+    def leaves(self, j: int) -> Past | None:
+        """What step j builds on, as ends of its graph."""
+        past = past_of(self.problem, self.grid, j, self.grid.slopes) if self.depth else None
+        return past and past._replace(slopes=past.slopes.requires_grad_())
+
+    def collect(self, j: int, gradient: Tensor | None):
+        """Adds what step j hands back to the steps before it."""
+        for back, part in enumerate(() if gradient is None else gradient, start=1):
+            where, total = self.grid.before(j, back), self.cotangents[j - back]
+            if where is None:
+                total += part
+            else:
+                total.index_add_(0, where, part)
+
+
+def _same_step(again: Tensor, run: _Run, rows: Tensor | None):
     """Makes sure that f still is what it was in the forward pass, by the last step."""
+    once = run.trajectory.final if rows is None else run.trajectory.final[rows]
     arrived = torch.isfinite(once)  # not so where a sample failed
     off = torch.where(arrived, again.detach() - once, 0.0).abs().max()
     if bool(off > torch.finfo(once.dtype).eps ** 0.5 * once[arrived].abs().max() if bool(arrived.any()) else False):

@@ -24,7 +24,7 @@ class Direct(Adjoint):
 
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """See `Adjoint.solve`."""
-        slope = problem.field.first(problem.start, z0, problem.end)
+        slope = problem.field.first(problem.first_instant, z0, problem.end)
         taped = torch.is_grad_enabled()
         trajectory = discover(problem, z0, slope, taped=taped)
         outcome = plain(trajectory)
@@ -38,10 +38,10 @@ class Direct(Adjoint):
 
 
 def _errors(problem: Problem, trajectory: Trajectory) -> Tensor:
-    parts = [problem.ratio(r.lens[0], r.z, r.lens[1]) for r in trajectory.records]
+    parts = [problem.ratio(r.lens.error, r.z, r.lens.z, r.rows) for r in trajectory.records]
     return trajectory.grid.gather(parts, problem.start)
 
 
 def _stiffnesses(problem: Problem, trajectory: Trajectory) -> Tensor:
-    parts = [problem.stiffness(r.lens[2], r.dt) for r in trajectory.records]
+    parts = [problem.stiffness(r.lens, r.dt) for r in trajectory.records]
     return trajectory.grid.gather(parts, problem.start)

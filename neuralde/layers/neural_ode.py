@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import numbers
 from collections.abc import Callable
 
 from torch import nn
@@ -9,9 +11,12 @@ from torch import nn
 from .. import adjoints, solvers
 from .. import control as _control
 from ..equations import ODE
+from ..events import parse as parse_events
 from ..field import mixing_message, mixing_module
 from ..solution import Solution
 from ..solve import solve
+
+_OPTIONS = [name for name in inspect.signature(solve).parameters if name not in ("equation", "z0", "t", "args")]
 
 
 class NeuralODE(nn.Module):
@@ -20,7 +25,8 @@ class NeuralODE(nn.Module):
     Args:
         f: the vector field: `f(t, z)`, `f(t, z, args)`, or a Module of z alone. See `ODE`.
         t: the horizon (t0, t1).
-        **solve_options: of `solve`: solver, rtol, atol, control, adjoint, max_steps, dt0, dense, on_failure.
+        **solve_options: of `solve`: all but the equation, z0, t and args. Conditions of events that are Modules become
+            Modules of the layer.
 
     Attributes:
         solution: the `Solution` of the last call, or None. It holds that call's graph until the next one.
@@ -32,18 +38,25 @@ class NeuralODE(nn.Module):
 
     def __init__(self, f: Callable, t=(0.0, 1.0), **solve_options):
         super().__init__()
-        known = ("solver", "rtol", "atol", "control", "adjoint", "max_steps", "dt0", "dense", "on_failure")
         for name in solve_options:
-            if name not in known:
-                raise TypeError(f"NeuralODE has no option {name!r}; the options of solve are {', '.join(known)}")
+            if name not in _OPTIONS:
+                raise TypeError(f"NeuralODE has no option {name!r}; the options of solve are {', '.join(_OPTIONS)}")
         self.f = f
         self._equation = ODE(f)
         self.t = t
         self.solve_options = solve_options
         self.solution: Solution | None = None
-        self._solver = solvers.get(solve_options.get("solver", "tsit5"))
+        solver = solve_options.get("solver", "tsit5")
+        self._solver = solvers.get(solver)
+        if isinstance(solver, nn.Module):
+            self.solver = solver  # a hypersolver of torchdyn's: its parameters are the layer's
         adjoints.get(solve_options.get("adjoint", "checkpointed"))
-        _control.check_tolerances(solve_options.get("rtol", 1e-3), solve_options.get("atol", 1e-6))
+        for name in ("rtol", "atol"):
+            if isinstance(solve_options.get(name), numbers.Real):
+                _control.check_tolerance(name, solve_options[name])
+        if solve_options.get("events") is not None:
+            conditions = (event.condition for event in parse_events(solve_options["events"]))
+            self.conditions = nn.ModuleList(c for c in conditions if isinstance(c, nn.Module))
         if not self._solver.adaptive and solve_options.get("dt0") is None:
             raise ValueError(f"dt0 is needed: solver {self._solver.name!r} takes fixed steps; pass e.g. dt0=0.1")
         self._refuse_mixing()
@@ -56,10 +69,11 @@ class NeuralODE(nn.Module):
         return self._equation
 
     def _refuse_mixing(self):
-        if _control.get(self.solve_options.get("control", "per_sample")).per_sample:
+        linearized = solvers.get(self.solve_options.get("solver", "tsit5")).linearizes
+        if linearized or _control.get(self.solve_options.get("control", "per_sample")).per_sample:
             name = mixing_module(self.f)
             if name is not None:
-                raise ValueError(mixing_message(f"{name} in f computes statistics over the batch"))
+                raise ValueError(mixing_message(f"{name} in f computes statistics over the batch", linearized))
 
     def forward(self, z0, args=None):
         """The state at t1, in the shape and structure of z0.

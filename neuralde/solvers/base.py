@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from .protocol import TorchdynProtocol
+
 
 class VectorField(Protocol):
     """f as solvers call it."""
@@ -23,6 +25,19 @@ class VectorField(Protocol):
         """dz/dt, [batch, features]. t: one of `times`."""
 
 
+class Work(NamedTuple):
+    """What one attempt cost, per sample: each a number, or [groups] (int64) where the samples differ.
+
+    Attributes:
+        nfe: evaluations of f. jacobians: of its Jacobian. factorizations: of a matrix. linear_solves: with its factors.
+    """
+
+    nfe: int | Tensor
+    jacobians: int | Tensor = 0
+    factorizations: int | Tensor = 0
+    linear_solves: int | Tensor = 0
+
+
 class Step(NamedTuple):
     """One attempted step, before anybody judges it.
 
@@ -33,6 +48,8 @@ class Step(NamedTuple):
             the local Lipschitz constant of f. Valid as long as `stages`.
         slope_end: f(t + dt, z), where it was computed, or None.
         stages: the step's memory, for `Solver.snapshot`; valid until the next step with the same memory.
+        stiffness: an estimate of |λ| from f's Jacobian, [groups], where the solver has it; `pair` is None then.
+        work: what the attempt cost; None means `Solver.calls_per_step` evaluations of f and nothing else.
     """
 
     z: Tensor
@@ -40,10 +57,26 @@ class Step(NamedTuple):
     pair: tuple[Tensor, Tensor, Tensor, Tensor] | None
     slope_end: Tensor | None
     stages: Any
+    stiffness: Tensor | None = None
+    work: Work | None = None
 
 
-class Solver(abc.ABC):
-    """A one-step method. Stateless: everything a step produces is returned.
+class Past(NamedTuple):
+    """What a multistep method uses of the steps before: row 0 is the last one.
+
+    Attributes:
+        slopes: f at their starts, [steps, batch, features].
+        dt: their sizes, [steps, groups].
+    """
+
+    slopes: Tensor
+    dt: Tensor
+
+
+class Solver(TorchdynProtocol, abc.ABC):
+    """A method. Stateless: everything a step needs is given to it, and everything it produces is returned.
+
+    `step` and what belongs to it is torchdyn's protocol (see `TorchdynProtocol`); ours is `attempt`.
 
     Attributes:
         name: the registry's name.
@@ -52,12 +85,18 @@ class Solver(abc.ABC):
         error_order: q, the error estimate being O(dt^q) on one step; None where there is no estimate.
         interpolant_order: q, the solution inside one step being exact to O(dt^(q+1)).
         reports_stiffness: whether steps carry a stiffness estimate.
-        stability_size: |dt·λ| at which the method's stability ends on the negative real axis, or None.
+        stability_size: |dt·λ| at which the method's stability ends on the negative real axis; None where it never
+            does.
         fsal: whether a step computes the slope at its end anyway (first same as last).
         calls_per_step: evaluations of f in one attempt that is given the slope at its start if `fsal`, and isn't
-            otherwise.
+            otherwise; None where they vary, and `Step.work` counts them.
+        linearizes: whether a step takes f's Jacobian, sample by sample: f must not mix samples then, not even under
+            joint control; and a stiffness estimate is `Step.stiffness`, not a pair.
         exponents: (beta1, beta2) that step-size control should use with this method, where the literature has tuned
             them; None for the general rule.
+        history: steps before this one whose slopes a step is given as `past`.
+        closes: whether a step computes the slope at its end when asked to `close`. One that doesn't is given it by
+            `finish`, once its step has been accepted: a rejected attempt then costs no evaluation.
     """
 
     name: str
@@ -68,15 +107,28 @@ class Solver(abc.ABC):
     reports_stiffness: bool
     stability_size: float | None
     fsal: bool
-    calls_per_step: int
+    calls_per_step: int | None
+    linearizes: bool = False
     exponents: tuple[float, float] | None = None
+    history: int = 0
+    closes: bool = True
+
+    @property
+    def parts(self) -> tuple[Solver, ...]:
+        """The methods that a sample's steps may be made with; the first one begins."""
+        return (self,)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether a step needs nothing but its start: what torchdyn can carry."""
+        return len(self.parts) == 1 and not self.history
 
     @abc.abstractmethod
     def memory(self, z: Tensor, taped: bool) -> Any:
         """Where a step keeps its stages: a reused buffer, or a list that autograd may hold when `taped`."""
 
     @abc.abstractmethod
-    def step(
+    def attempt(
         self,
         f: VectorField,
         t: Tensor,
@@ -86,6 +138,7 @@ class Solver(abc.ABC):
         memory: Any,
         lens: bool = True,
         close: bool = False,
+        past: Past | None = None,
     ) -> Step:
         """One step from (t, z) of size dt.
 
@@ -95,11 +148,16 @@ class Solver(abc.ABC):
             z: [batch, features].
             slope: f(t, z) where it is known; None and it is evaluated.
             memory: of `self.memory(z, taped)`; its previous contents are overwritten.
-            lens: whether `error` and `pair` are wanted. Without them, and without `close`, the last stage of an
+            lens: whether `error` and the stiffness are wanted. Without them, and without `close`, the last stage of an
                 FSAL method is saved.
             close: whether the slope at the step's end is wanted even where the method does not compute it:
                 interpolation needs it.
+            past: the `history` steps before; only given to a method that has one.
         """
+
+    def finish(self, stages: Any, slope: Tensor) -> Any:
+        """The `stages` of a step that is not closed, with the slope at its end."""
+        return stages
 
     @abc.abstractmethod
     def snapshot(self, stages: Any) -> Tensor:

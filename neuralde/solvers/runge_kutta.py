@@ -253,7 +253,7 @@ class RungeKutta(Solver):
         """See `Solver.memory`."""
         return _Tape() if taped else _Buffer(z, self.tableau.stages + 1)
 
-    def step(
+    def attempt(
         self,
         f: VectorField,
         t: Tensor,
@@ -264,7 +264,7 @@ class RungeKutta(Solver):
         lens: bool = True,
         close: bool = False,
     ) -> Step:
-        """See `Solver.step`."""
+        """See `Solver.attempt`."""
         tableau, last = self.tableau, self.tableau.stages - 1
         weights = _coefficients(tableau, z.dtype, t.dtype, z.device)
         times = f.times(t, weights.c, dt)

@@ -1,0 +1,1 @@
+"""Other packages' programs on neuralde, and neuralde's solvers in other packages. Imported by name only."""

@@ -1,0 +1,209 @@
+"""torchdiffeq's functions on neuralde: `from neuralde.interop.torchdiffeq import odeint` is the whole change.
+
+Signatures, methods and options are torchdiffeq 0.2.5's; docs/interop.md has what becomes of each, and what differs.
+torchdiffeq itself is not imported.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import neuralde as nde
+
+from . import _methods
+from ._case import Case
+
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+
+
+def odeint(func: Callable, y0, t: Tensor, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None):
+    """Solves dy/dt = func(t, y), y(t[0]) = y0, with everything on autograd's tape.
+
+    One step size and one norm for all of y, as in torchdiffeq; `nde.solve` has one for every sample.
+
+    Args:
+        func: func(t, y) with a scalar t; may carry `callback_step`, `callback_accept_step`, `callback_reject_step`,
+            called as (t, y, dt).
+        y0: a tensor of any shape, or a tuple of them.
+        t: [times], strictly increasing or decreasing.
+        rtol, atol: tolerances: numbers, tensors like y0, or one for every tensor of a tuple.
+        method: "dopri5" (None), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; "euler", "midpoint", "heun2",
+            "heun3", "rk4" (the 3/8 rule), "explicit_adams", "implicit_adams", "fixed_adams"; "scipy_solver".
+        options: of the method. Those that it does not know are warned of.
+        event_fn: event_fn(t, y): the solve ends at its first zero; t[1] gives the direction only.
+
+    Returns:
+        y at the times, [times, ...] (a tuple of such tensors for a tuple); with event_fn, (event_t, [2, ...]): the
+        state at t[0] and at the event. Both have exact gradients, those of the moving event time included.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+        NeuralDEError: the solve failed (a RuntimeError; torchdiffeq raises an AssertionError).
+
+    Source: torchdiffeq 0.2.5, README.md and FURTHER_DOCUMENTATION.md.
+    """
+    return _solve(Case(func, y0, t), rtol, atol, method, options, event_fn, "direct")
+
+
+def odeint_adjoint(
+    func: Callable,
+    y0,
+    t: Tensor,
+    *,
+    rtol=1e-7,
+    atol=1e-9,
+    method=None,
+    options=None,
+    event_fn=None,
+    adjoint_rtol=None,
+    adjoint_atol=None,
+    adjoint_method=None,
+    adjoint_options=None,
+    adjoint_params=None,
+):
+    """As `odeint`, at the memory of one state per step.
+
+    The backward pass makes every accepted step again (adjoint="checkpointed") and has the exact gradient of the
+    solution, where torchdiffeq solves a second equation backwards in time, whose error is its own. There are therefore
+    no tolerances, method, options and callbacks of that second equation: `adjoint_rtol`, `adjoint_atol`,
+    `adjoint_method` and `adjoint_options` are checked, and a warning says that they have no effect. Adams methods keep
+    their steps on the tape.
+
+    Args:
+        func: need not be an nn.Module.
+        y0, t, rtol, atol, method, options, event_fn: of `odeint`.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: see above.
+        adjoint_params: the only tensors that get gradients, beside y0 and t; None: all that func uses.
+
+    Returns:
+        As `odeint`.
+
+    Raises:
+        ValueError, TypeError, NeuralDEError: as `odeint`.
+    """
+    given = {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
+    given |= {"adjoint_method": adjoint_method, "adjoint_options": adjoint_options}
+    _check_adjoint(func, method, options, given)
+    wanted = None if adjoint_params is None else tuple(adjoint_params)
+    if wanted is not None and not all(isinstance(x, Tensor) for x in wanted):
+        raise TypeError("adjoint_params must hold tensors")
+    wanted = wanted and tuple(x for x in wanted if x.requires_grad)
+    return _solve(Case(func, y0, t, wanted), rtol, atol, method, options, event_fn, "checkpointed")
+
+
+def odeint_event(
+    func: Callable,
+    y0,
+    t0: Tensor,
+    *,
+    event_fn: Callable,
+    reverse_time: bool = False,
+    odeint_interface: Callable = odeint,
+    **kwargs,
+):
+    """Solves from t0 to the first zero of event_fn(t, y), with gradients through the event's time and state.
+
+    Args:
+        func, y0: of `odeint`.
+        t0: where it starts, a tensor with one number.
+        event_fn: of `odeint`.
+        reverse_time: whether to look for the event before t0.
+        odeint_interface: `odeint` or `odeint_adjoint` of this module.
+        **kwargs: of that function.
+
+    Returns:
+        (event_t, [2, ...]): the event's time, and the states at t0 and there.
+    """
+    if not isinstance(t0, Tensor):
+        raise TypeError(f"t0 must be a tensor with one time, got {type(t0).__name__}")
+    start = t0.reshape(-1)
+    t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+    return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
+
+
+def odeint_dense(func: Callable, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=None, options=None) -> Callable:
+    """Solves from t0 to t1 by an adaptive method.
+
+    Args:
+        func, y0, rtol, atol, options: of `odeint`.
+        t0, t1: the ends.
+        method: an adaptive one; None is "dopri5".
+
+    Returns:
+        A function of a time, or of [points] times, between t0 and t1: the state there, or [points, ...] states.
+    """
+    leaf = y0 if isinstance(y0, Tensor) else y0[0]
+    ends = [torch.as_tensor(x, dtype=leaf.real.dtype, device=leaf.device) for x in (t0, t1)]
+    case = Case(func, y0, torch.stack(ends))
+    method, options = _methods.check(method, options)
+    if method not in _methods.ADAPTIVE:
+        raise ValueError(
+            f"odeint_dense needs an adaptive method, one of {', '.join(_methods.ADAPTIVE)}, got {method!r}"
+        )
+    how = _methods.adaptive(case, method, options, event=False)
+    how |= {"rtol": case.tolerance("rtol", rtol), "atol": case.tolerance("atol", atol)}
+    solution = nde.solve(nde.ODE(case.field), case.z0, case.t, adjoint="direct", dense=True, **how)
+
+    def dense_output(t):
+        zs = solution(t)
+        return case.form.outputs(zs) if torch.as_tensor(t).dim() else case.form.disclose(zs)
+
+    return dense_output
+
+
+def _solve(case: Case, rtol, atol, method, options, event_fn, adjoint: str):
+    method, options = _methods.check(method, options)
+    rtol, atol = case.tolerance("rtol", rtol), case.tolerance("atol", atol)
+    if event_fn is not None and method == "scipy_solver":
+        raise ValueError("event_fn needs another method than 'scipy_solver', such as 'dopri5'")
+    if len(case.t) == 1:
+        return case.form.outputs(case.form.enclose(case.form.enclose(case.y0)))
+    if method == "scipy_solver":
+        return case.form.unflatten(_methods.scipy(case, options, rtol, atol))
+    if method in _methods.ADAMS:
+        run = _methods.Adams(case, method, options, rtol, atol, event_fn is not None)
+        return run.outputs() if event_fn is None else run.until_event(event_fn)
+    own = None
+    if method in _methods.FIXED:
+        how, own = _methods.fixed(case, method, options, event_fn is not None)
+    else:
+        how = _methods.adaptive(case, method, options, event_fn is not None)
+    how |= {"rtol": rtol, "atol": atol, "adjoint": adjoint}
+    if event_fn is not None:
+        return _methods.until_event(case, event_fn, how)
+    linear = own is not None and own.interp == "linear" and own.grid is not case.t
+    if not linear:
+        return case.form.outputs(nde.solve(nde.ODE(case.field), case.z0, case.t, **how).zs)
+    grid = torch.cat([case.t[:1], own.grid[1:].detach()])
+    ys = case.form.outputs(nde.solve(nde.ODE(case.field), case.z0, grid, **how).zs)
+    if case.form.is_tuple:
+        return tuple(_methods.between(grid, y, case.t, case.direction) for y in ys)
+    return _methods.between(grid, ys, case.t, case.direction)
+
+
+def _check_adjoint(func, method, options, given: dict):
+    """Checks what torchdiffeq's backward solve would be given, and says that there is none."""
+    if given["adjoint_method"] is not None:
+        other, _ = _methods.check(given["adjoint_method"], None)
+        if other != (method or "dopri5") and options is not None and given["adjoint_options"] is None:
+            raise ValueError(
+                "adjoint_options must be given too where adjoint_method is not method and options are given: they "
+                "can't be inferred"
+            )
+    _methods.check(None, given["adjoint_options"])
+    for name in ("adjoint_rtol", "adjoint_atol"):
+        if given[name] is not None:
+            torch.as_tensor(given[name])
+    named = [name for name, value in given.items() if value is not None]
+    callbacks = (f"callback_{name}_adjoint" for name in ("step", "accept_step", "reject_step"))
+    named += [name for name in callbacks if hasattr(func, name)]
+    if named:
+        warnings.warn(
+            f"{', '.join(named)} of odeint_adjoint: no effect here, for the gradients are made without a second solve, "
+            "exactly",
+            stacklevel=3,
+        )

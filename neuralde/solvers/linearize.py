@@ -1,0 +1,141 @@
+"""The derivatives of f that implicit methods need: of every sample, in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .base import VectorField
+
+
+class Linearization(NamedTuple):
+    """f and its derivatives at one point of every sample.
+
+    Attributes:
+        value: f(t, z), [batch, features].
+        jacobian: ∂f/∂z, of row i by column j at [:, i, j], [batch, features, features].
+        rate: ∂f/∂t, [batch, features], or None where not asked for.
+        eps: of the dtype that f returned, which may be a coarser one than the value's.
+    """
+
+    value: Tensor
+    jacobian: Tensor
+    rate: Tensor | None
+    eps: float
+
+
+def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linearization:
+    """One evaluation of f, and as many backward passes through it as z has features, batched where f allows it.
+
+    Samples must be independent: a backward pass is made for all of them at once. Differentiable if grad mode is on;
+    the derivatives are taken also where it is off. An f that cuts autograd's graph (detach, numpy) has derivatives 0.
+
+    Args:
+        t: [batch], or [1] for the whole batch.
+        z: [batch, features], real.
+        rate: whether ∂f/∂t is wanted.
+    """
+    taped = torch.is_grad_enabled()
+    inference = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.enable_grad(), _Ordinary() if inference else contextlib.nullcontext():
+        # Ends of their own: f may depend on z in other ways, through tensors that it closes over.
+        outside = taped and z.requires_grad
+        z = z.view_as(z) if outside else (z.clone() if inference else z.detach()).requires_grad_()
+        t = t.detach().clone().requires_grad_(rate)
+        value = f(f.times(t)[0], z)
+        eps, value = torch.finfo(value.dtype).eps, value.to(z.dtype)
+        taped = taped and (outside or _reaches_others(value, (z, t)))
+        own = rate and len(t) == len(z)  # each sample has its own t, and gets ∂f/∂t with ∂f/∂z
+        jacobian, *slopes = _rows(value, [z, t] if own else [z], _directions(value), taped)
+        slope = None
+        if rate:
+            slope = slopes[0].T if own else _shared_rate(value, t, taped, eps)
+    found = value, jacobian.movedim(0, 1), slope
+    return Linearization(*(x if taped or x is None else x.detach() for x in found), eps)
+
+
+def _reaches_others(value: Tensor, own: tuple[Tensor, ...]) -> bool:
+    """Whether the graph behind a value has a leaf beside its own ones: without, nobody can want its gradient."""
+    seen, todo = set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and not any(node.variable is x for x in own):
+            return True
+        todo.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def _directions(value: Tensor) -> Tensor:
+    """The unit vectors of every sample at once, [features, batch, features]."""
+    batch, features = value.shape
+    return torch.eye(features, dtype=value.dtype, device=value.device)[:, None].expand(-1, batch, -1)
+
+
+def _rows(value: Tensor, inputs: list[Tensor], cotangents: Tensor, taped: bool) -> list[Tensor]:
+    """Vector-Jacobian products, each [cotangents, *input.shape]; 0 where the value does not depend on an input."""
+    if not value.requires_grad:
+        return [x.new_zeros(len(cotangents), *x.shape) for x in inputs]
+    how = {"retain_graph": True, "create_graph": taped, "allow_unused": True}
+    try:
+        found = torch.autograd.grad(value, inputs, cotangents, is_grads_batched=True, **how)
+    except RuntimeError:  # something in f's backward pass can't be batched
+        single = [torch.autograd.grad(value, inputs, cotangent, **how) for cotangent in cotangents]
+        found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]
+    return [x.new_zeros(len(cotangents), *x.shape) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _shared_rate(value: Tensor, t: Tensor, taped: bool, eps: float) -> Tensor:
+    """∂f/∂t of every component where all samples share one t, [batch, features].
+
+    The backward pass into t sums over all components, but it is linear in its cotangent: differentiating it with
+    respect to that takes the sum apart again. eps: that of f's arithmetic.
+    """
+    if not value.requires_grad:
+        return torch.zeros_like(value)
+    cotangent = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device).view(value.shape)
+    cotangent.requires_grad_()
+    try:
+        (total,) = torch.autograd.grad(value, t, cotangent, create_graph=True, allow_unused=True)
+        if total is None:
+            return torch.zeros_like(value)
+        slope = None
+        if total.requires_grad:
+            how = {"retain_graph": True, "create_graph": taped, "allow_unused": True}
+            (slope,) = torch.autograd.grad(total, cotangent, torch.ones_like(total), **how)
+        slope = torch.zeros_like(value) if slope is None else slope
+        # Some backward passes (once_differentiable) don't refuse to be differentiated, they are only left out of it:
+        # then the parts don't make up the sum.
+        parts = (cotangent * slope).detach()
+        if not bool((parts.sum() - total.detach()).abs() > eps**0.5 * parts.abs().sum()):
+            return slope
+    except RuntimeError:
+        pass
+    # f's backward pass can't be differentiated: one pass for every component.
+    every = torch.eye(value.numel(), dtype=value.dtype, device=value.device).view(-1, *value.shape)
+    return _rows(value, [t], every, taped)[0].view(value.shape)
+
+
+class _Ordinary(TorchFunctionMode):
+    """Clones the inference tensors that enter a computation: autograd can't keep them."""
+
+    def __init__(self):
+        super().__init__()
+        self._clones: dict[int, tuple[Tensor, Tensor]] = {}  # with the originals, so that ids stay unique
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*pytree.tree_map(self._clone, args), **pytree.tree_map(self._clone, kwargs or {}))
+
+    def _clone(self, x):
+        if not isinstance(x, Tensor) or not x.is_inference():
+            return x
+        if id(x) not in self._clones:
+            self._clones[id(x)] = x, x.clone()
+        return self._clones[id(x)][1]
