@@ -43,7 +43,7 @@ def scipys(problem, f, tolerance: float, method: str):
 
 def contenders() -> dict:
     """Name -> a function of problem, f and tolerance that solves."""
-    names = [name for name, solver in nde.solvers.SOLVERS.items() if detest.suits(solver)]
+    names = [name for name, solver in nde.solvers.SOLVERS.items() if detest.suits(solver, 1e-6)]
     return (
         {f"neuralde {name}": functools.partial(ours, solver=name) for name in names}
         | {"torchdiffeq dopri5": torchdiffeqs}

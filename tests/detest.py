@@ -25,9 +25,9 @@ END = 20.0
 TOLERANCES = (1e-3, 1e-6, 1e-9)  # rtol = atol
 
 
-def suits(solver) -> bool:
-    """Whether a solver can be asked for 1e-9: order p takes about 1e-9^(-1/p) steps per unit of t, 30000 at p = 2."""
-    return solver.adaptive and solver.order >= 3
+def suits(solver, tolerance: float) -> bool:
+    """Whether a solver is for such tolerances: order p takes about tolerance^(-1/p) steps per unit of t."""
+    return solver.adaptive and solver.order >= 3 and tolerance ** (-1.0 / solver.order) < 200
 
 
 @dataclass(frozen=True, eq=False)
