@@ -6,20 +6,21 @@ It decides the grid and, unless `taped`, leaves no trace in autograd: what needs
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import algebra
 from . import control as _control
-from .algebra import Algebra, Figure
+from .algebra import Figure
 from .errors import Status
-from .events import Hits
+from .events import Hits, slope_inside
 from .grid import Record
+from .lane import Lane, Tools
 from .problem import Problem
-from .solvers import Past, Solver, Step, VectorField, Work
+from .solvers import Past, Step
 from .state import all_finite
 from .trajectory import Trajectory
 
@@ -30,162 +31,6 @@ _COMPACT_FRACTION, _COMPACT_AFTER = 0.5, 16
 # look for them now and then only; rejected steps are looked at always.
 _CHECK_EVERY = 16
 _LEAST = 1e-25  # of the horizon: steps below would take forever
-
-
-@dataclass
-class _Tools:
-    """What the samples of a lane step with."""
-
-    solver: Solver
-    f: VectorField
-    memory: Any
-    judge: _control.Judge
-    exponents: tuple[float, float]
-    since: int  # the attempt at which the lane was put together
-
-
-# Tensors of a lane whose samples don't lie along the first dimension.
-_WIDE = ("last", "linear", "interior", "stops", "signs", "past_slopes", "past_dt")
-# Those that are None until there is something in them: what they hold then, and for how many rows.
-_KEPT_LATE = {"last": (float("nan"), 3), "linear": (0, 3)}
-
-
-@dataclass
-class _Lane:
-    """Samples that step with one method, with their control state: figures [groups], but for the tensors.
-
-    Times run forward in here, whatever the direction of the solve: s = direction·t. s1 is the end of the horizon, stop
-    the next time at which a step has to end. `last` has what a failed sample's last attempt was: its step size, error
-    ratio and stiffness, [3, groups]; None while none has failed. Where steps differ in their work, `calls` counts
-    evaluations of f, and `linear` Jacobians, factorizations and linear solves, [3, groups].
-    """
-
-    m: Algebra
-    part: int
-    rows: Tensor | None
-    s: Figure
-    s1: Figure
-    stop: Figure
-    h: Figure
-    z: Tensor
-    slope: Tensor | None
-    previous: Figure
-    live: Figure
-    accepted: Figure
-    rejected: Figure
-    calls: Figure
-    linear: Tensor | None
-    status: Figure
-    failed_at: Figure
-    last: Tensor | None
-    start: Figure
-    direction: Figure | None
-    interior: Tensor | None
-    stops: Tensor | None
-    counter: Figure
-    past_slopes: Tensor | None
-    past_dt: Tensor | None
-    signs: Tensor | None
-    ended: Tensor | None
-    unfinished: int = 0
-    leaving: Figure | None = None
-    latest: tuple = (None, None)
-    tools: _Tools | None = None
-
-    def keep(self, index: Tensor) -> _Lane:
-        """The same for some of the samples."""
-        kept = {
-            name: value.index_select(int(name in _WIDE), index) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        kept["rows"] = index if self.rows is None else self.rows.index_select(0, index)
-        figures, h = self.latest
-        kept["latest"] = (figures if figures is None else figures.index_select(1, index)), h.index_select(0, index)
-        return _Lane(**kept)
-
-    def join(self, other: _Lane) -> _Lane:
-        """The samples of both, in ascending order."""
-        joined = {}
-        for name, value in vars(self).items():
-            more = getattr(other, name)
-            if name in _KEPT_LATE and (value is None) != (more is None):
-                fill, rows = _KEPT_LATE[name]
-                value, more = (
-                    lane.s.new_full((rows, len(lane.s)), fill, dtype=(more if x is None else value).dtype)
-                    if x is None
-                    else x
-                    for x, lane in ((value, self), (more, other))
-                )
-            both = isinstance(value, Tensor) and isinstance(more, Tensor)
-            joined[name] = torch.cat([value, more], dim=int(name in _WIDE)) if both else value
-        joined["latest"] = None, torch.cat([self.latest[1], other.latest[1]])
-        whole, order = _Lane(**joined), torch.argsort(joined["rows"])
-        rows = whole.rows.index_select(0, order)
-        whole = whole.keep(order)
-        whole.rows = rows
-        return whole
-
-    def tensors(self, like: Tensor) -> _Lane:
-        """The same with every figure a tensor. like: of the dtype and device of times."""
-        if self.m is algebra.TENSORS:
-            return self
-        count = torch.zeros_like(like, dtype=torch.int64)
-        figures = {name: self.m.tensor(getattr(self, name), like) for name in ("s", "s1", "h", "failed_at")}
-        counts = {
-            name: self.m.tensor(getattr(self, name), count) for name in ("accepted", "rejected", "calls", "status")
-        }
-        return replace(self, **figures, **counts)
-
-    def signed(self, x: Figure) -> Figure:
-        """Between t and s."""
-        return x if self.direction is None else x * self.direction
-
-    def moment(self, h: Figure, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors (t, dt) of an attempt."""
-        t, dt = self.signed(self.s), self.signed(h)
-        if isinstance(t, Tensor):
-            return t, dt
-        return torch.tensor(((t,), (dt,)), dtype=like.dtype, device=like.device).unbind(0)
-
-    def count(self, work: Work):
-        """Adds what an attempt cost to what its samples have cost so far."""
-        nfe, *linear = work
-        self.calls = self.calls + (self.m.read(nfe) if isinstance(nfe, Tensor) else nfe) * self.live
-        live = self.m.tensor(self.live, self.z)
-        more = torch.stack([torch.as_tensor(x, device=live.device).expand(live.shape) * live for x in linear])
-        self.linear = more if self.linear is None else self.linear + more
-
-    def fail(self, which: Figure, figures: Tensor | None, h: Figure):
-        """Ends samples where they are: they have no horizon left, so that their steps are zero.
-
-        f is called for them as long as they are in the batch.
-        """
-        m = self.m
-        dt = m.tensor(h, self.z.real)
-        known = (None, None) if figures is None else _control.reported(figures, dt, self.tools.solver)
-        attempt = torch.stack([dt, *(torch.full_like(dt, float("nan")) if x is None else x.to(dt) for x in known)])
-        self.last = attempt if self.last is None else torch.where(m.tensor(which, attempt), attempt, self.last)
-        self.failed_at = m.where(which, self.s, self.failed_at)
-        self.live = self.live & m.invert(which)
-        self.s1 = m.where(which, self.s, self.s1)
-        self.stop = m.where(which, self.s, self.stop)
-        if m.count(self.live):
-            self.z, self.slope = self.safe(m.invert(which))
-
-    def safe(self, ok: Figure) -> tuple[Tensor, Tensor | None]:
-        """z and slope, with those of an ok sample where a sample is not ok and f is not known to be finite.
-
-        Where a call of f is recorded, zero cotangents times what f does at a state that it can't handle would make
-        NaN of the parameters' gradients. A state whose slope is finite is safe; others borrow one.
-        """
-        if not isinstance(ok, Tensor):  # one group for the batch: it fails as a whole
-            return self.z, self.slope
-        if self.slope is not None:
-            ok = ok | torch.isfinite(self.slope.detach()).all(dim=1)
-        row = ok.nonzero().flatten()[:1]
-        if not len(row):
-            return self.z, self.slope
-        return tuple(None if x is None else torch.where(ok[:, None], x, x.detach()[row]) for x in (self.z, self.slope))
 
 
 def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -> Trajectory:
@@ -209,7 +54,7 @@ class _Discovery:
         self.switching = len(self.solver.parts) > 1
         self.bounded = problem.dt_min is not None or problem.dt_max is not None
         self.records: list[Record] = []
-        self.parts: list[_Lane] = []  # lanes whose samples left the batch
+        self.parts: list[Lane] = []  # lanes whose samples left the batch
         self.outputs: list[tuple[Tensor, Tensor | None, Tensor]] = []  # (point, sample, value)
         self.hits: list[tuple[Tensor, ...]] = []  # (event, sample, step, theta, t, z, speed, terminal)
         self.like = problem.start
@@ -217,7 +62,7 @@ class _Discovery:
         self.attempts = 0
         self.lanes = [self._enter(self._lane(slope))]
 
-    def _lane(self, slope: Tensor) -> _Lane:
+    def _lane(self, slope: Tensor) -> Lane:
         """All samples at the start."""
         p, m = self.problem, algebra.of(self.problem.joint)
         t, t1 = m.read(p.start), m.read(p.end)
@@ -232,7 +77,7 @@ class _Discovery:
                 order = self.solver.parts[0].order
                 h = _control.initial_step(p.field, p.start, self.z0.detach(), slope.detach(), t1 - t, order, p.norm)
         past = self.z0.new_zeros(self.solver.history, *self.z0.shape) if self.solver.history else None
-        lane = _Lane(
+        lane = Lane(
             m=m,
             part=0,
             rows=None,
@@ -271,10 +116,10 @@ class _Discovery:
             lane.ended = torch.zeros(len(self.z0), dtype=torch.bool, device=self.z0.device)
         return lane
 
-    def _enter(self, lane: _Lane) -> _Lane:
+    def _enter(self, lane: Lane) -> Lane:
         """Makes what depends on the samples in the lane and on their method."""
         p, solver = self.problem, self.solver.parts[lane.part]
-        lane.tools = _Tools(
+        lane.tools = Tools(
             solver=solver,
             f=p.field.on(lane.rows),
             memory=solver.memory(lane.z, self.taped),
@@ -305,12 +150,13 @@ class _Discovery:
 
     # -- one attempt -------------------------------------------------------------------------------------------------
 
-    def _attempt(self, lane: _Lane):
+    def _attempt(self, lane: Lane):
         """Attempts a step of every sample in the lane."""
         m, adaptive, tools, unfinished = lane.m, self.control.adaptive, lane.tools, lane.unfinished
         h, last = self._next(lane)
         t, dt = lane.moment(h, self.like)
-        step = self._step(lane, t, dt, m.where(last, lane.stop, lane.s + h))
+        s_end = m.where(last, lane.stop, lane.s + h if adaptive else self._fixed_end(lane))
+        step = self._step(lane, t, dt, s_end)
 
         # Judge. NaN is no number below 1: such an attempt is rejected, and retried smaller.
         groups = t.shape[0]
@@ -320,11 +166,9 @@ class _Discovery:
                 ratio = m.read(figures[0])
                 ok = ratio <= 1.0
                 ok = ok if unfinished == groups else lane.live & ok
-                s_end = m.where(last, lane.stop, lane.s + h)
             else:
                 ratio = None
                 ok = lane.live & m.finite(m.read(step.z.sum()[None] if self.problem.joint else step.z.sum(dim=1)))
-                s_end = m.where(last, lane.stop, self._fixed_end(lane))
             accepted = m.count(ok)
         if accepted and not tools.solver.closes:
             step, ok, ratio = self._closed(lane, t, dt, s_end, ok, step, ratio)
@@ -372,7 +216,7 @@ class _Discovery:
             self._fail_hopeless(lane, ok, ratio, figures, h)
             lane.unfinished = m.count(lane.live)
 
-    def _step(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure):
+    def _step(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure):
         """The step of the lane's method, unjudged."""
         solver, f = lane.tools.solver, lane.tools.f
         if self.problem.jumps is not None:
@@ -380,13 +224,13 @@ class _Discovery:
         past = {"past": Past(lane.past_slopes, lane.past_dt)} if solver.history else {}
         return solver.attempt(f, t, dt, lane.z, lane.slope, lane.tools.memory, close=self.close, **past)
 
-    def _fixed_end(self, lane: _Lane) -> Figure:
+    def _fixed_end(self, lane: Lane) -> Figure:
         """Where a fixed step ends. By multiplication: 10⁶ additions of dt0 would lose digits of t."""
         if lane.stops is None:
             return lane.start + (lane.accepted + 1) * lane.h
         return lane.s + lane.h
 
-    def _resize(self, lane: _Lane, h: Figure, ratio: Figure, ok: Figure | None):
+    def _resize(self, lane: Lane, h: Figure, ratio: Figure, ok: Figure | None):
         """The next step's size. ok: which attempts were accepted, None for all."""
         m, p = lane.m, self.problem
         ratio = ratio if ok is None else m.known(ratio)
@@ -395,7 +239,7 @@ class _Discovery:
             lane.h = m.clamp(lane.h, p.dt_min, p.dt_max)
         lane.previous = self.control.remember(ratio, lane.previous, ok, m)
 
-    def _next(self, lane: _Lane) -> tuple[Figure, Figure]:
+    def _next(self, lane: Lane) -> tuple[Figure, Figure]:
         """The next step's size, and whether it is the last one before a stop: that one ends there exactly."""
         m = lane.m
         left = lane.stop - lane.s
@@ -407,7 +251,7 @@ class _Discovery:
         last = lane.h >= left
         return m.where(last, left, m.minimum(lane.h, 0.5 * left)), last
 
-    def _closed(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step, ratio: Figure):
+    def _closed(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step, ratio: Figure):
         """Accepted steps with the slope at their ends, which the method leaves to the loop.
 
         Returns:
@@ -425,7 +269,7 @@ class _Discovery:
             ratio = lane.m.where(ok & lane.m.invert(finite), lane.m.full(float("inf"), ratio), ratio)
         return step, ok & finite, ratio
 
-    def _advance(self, lane: _Lane, dt: Tensor, step: Step, s_end: Figure, ok: Figure, everyone: bool):
+    def _advance(self, lane: Lane, dt: Tensor, step: Step, s_end: Figure, ok: Figure, everyone: bool):
         """Moves the accepted samples to the ends of their steps."""
         m, slope = lane.m, step.slope_end
         lane.accepted = lane.accepted + (1 if everyone else ok)
@@ -446,7 +290,7 @@ class _Discovery:
         known = slope is not None and lane.slope is not None
         lane.slope = torch.where(column, slope, lane.slope) if known else slope
 
-    def _fail_hopeless(self, lane: _Lane, ok: Figure, ratio: Figure | None, figures: Tensor | None, h: Figure):
+    def _fail_hopeless(self, lane: Lane, ok: Figure, ratio: Figure | None, figures: Tensor | None, h: Figure):
         """Ends the samples whose next step would be too small to move t, and fixed steps that went wrong."""
         m = lane.m
         if self.control.adaptive:
@@ -465,10 +309,10 @@ class _Discovery:
         lane.fail(hopeless, figures, h)
 
     @staticmethod
-    def _code(lane: _Lane, code: Status) -> Figure:
+    def _code(lane: Lane, code: Status) -> Figure:
         return lane.m.full(int(code), lane.status)
 
-    def _without_rejected(self, lane: _Lane, t: Tensor, dt: Tensor, ok: Tensor, step):
+    def _without_rejected(self, lane: Lane, t: Tensor, dt: Tensor, ok: Tensor, step):
         """On a tape, an attempt that overflowed for some samples, made again with these standing still."""
         with torch.no_grad():
             rest = [x[~ok] for x in (step.z, step.error, step.slope_end) if x is not None]
@@ -478,7 +322,7 @@ class _Discovery:
         dt = torch.where(ok, dt, 0.0)
         return self._step(replace(lane, z=z, slope=slope), t, dt, lane.s + dt.abs())
 
-    def _record(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, everyone: bool, step, figures):
+    def _record(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, everyone: bool, step, figures):
         snapshot = None
         if self.problem.keep_stages:
             snapshot = lane.tools.solver.snapshot(step.stages).detach().clone()
@@ -499,7 +343,7 @@ class _Discovery:
             )
         )
 
-    def _collect(self, lane: _Lane, h: Figure, s_end: Figure, ok: Figure, step):
+    def _collect(self, lane: Lane, h: Figure, s_end: Figure, ok: Figure, step):
         """Evaluates the interpolant at the output times that the accepted steps pass."""
         inside = (lane.interior > lane.s) & (lane.interior <= s_end) & ok
         point, group = inside.nonzero(as_tuple=True)
@@ -517,7 +361,7 @@ class _Discovery:
 
     # -- stops and events --------------------------------------------------------------------------------------------
 
-    def _set_stops(self, lane: _Lane):
+    def _set_stops(self, lane: Lane):
         """Where steps have to end before the horizon does, ascending; s1 where a sample has no more."""
         stops = lane.signed(self.problem.stops)
         inside = (stops > lane.s) & (stops < lane.s1)
@@ -526,7 +370,7 @@ class _Discovery:
         lane.stops = torch.cat([stops, s1[None]])
         lane.stop = lane.m.read(lane.stops[0])
 
-    def _pass_stop(self, lane: _Lane, arrived: Figure) -> Figure:
+    def _pass_stop(self, lane: Lane, arrived: Figure) -> Figure:
         """Goes on from a stop. Returns the samples that have nothing before them."""
         m, p = lane.m, self.problem
         done = arrived & (lane.s >= lane.s1)
@@ -552,7 +396,7 @@ class _Discovery:
                     lane.leaving = lane.leaving & m.invert(jumped)
         return done
 
-    def _detect(self, lane: _Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step) -> Tensor | None:
+    def _detect(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step) -> Tensor | None:
         """Finds the events in the accepted steps. Returns which samples end here, [samples], or None."""
         watch, rows, solver = self.watch, lane.rows, lane.tools.solver
         with torch.no_grad():
@@ -581,7 +425,7 @@ class _Discovery:
             theta = thetas[event, sample]
             group = torch.zeros_like(sample) if self.problem.joint else sample
             still = snapshot.detach()
-            _, speed = torch.func.jvp(lambda x: solver.interpolate(still, x, sample), (theta,), (1.0 / dt[group],))
+            speed = slope_inside(functools.partial(solver.interpolate, still, rows=sample), theta) / dt[group][:, None]
         steps = lane.m.tensor(lane.accepted, event) if isinstance(lane.accepted, int) else lane.accepted
         self.hits.append(
             (
@@ -597,7 +441,7 @@ class _Discovery:
         )
         return ending.any(dim=0)
 
-    def _end(self, lane: _Lane, ended: Tensor) -> Figure:
+    def _end(self, lane: Lane, ended: Tensor) -> Figure:
         """Ends samples at their events. Returns which groups have finished.
 
         Under joint control a sample goes on beside the others, unseen, until all have ended.
@@ -608,7 +452,7 @@ class _Discovery:
         lane.s1, lane.stop = (torch.where(ended, lane.s, x) for x in (lane.s1, lane.stop))
         return ended
 
-    def _tell(self, lane: _Lane, t: Tensor, dt: Tensor, ok: Figure):
+    def _tell(self, lane: Lane, t: Tensor, dt: Tensor, ok: Figure):
         """Reports an attempt to the observer."""
         layout, observer = self.problem.field.layout, self.problem.observer
         for name, which in (("attempt", lane.live), ("accept", ok), ("reject", lane.live & lane.m.invert(ok))):
@@ -620,7 +464,7 @@ class _Discovery:
 
     # -- the batch ---------------------------------------------------------------------------------------------------
 
-    def _fail_at_start(self, lane: _Lane):
+    def _fail_at_start(self, lane: Lane):
         """Ends the samples whose first slope is not finite."""
         m, finite = lane.m, torch.isfinite(lane.slope.detach())
         bad = m.invert(m.read(finite.all()[None] if self.problem.joint else finite.all(dim=1)))
@@ -637,7 +481,7 @@ class _Discovery:
                 self.problem.field.fill(t, lane.z)
             lane.slope = lane.tools.f(lane.tools.f.times(t)[0], lane.z)
 
-    def _worth_compacting(self, lane: _Lane) -> bool:
+    def _worth_compacting(self, lane: Lane) -> bool:
         return (
             self.control.per_sample
             and lane.unfinished <= _COMPACT_FRACTION * lane.s.shape[0]
@@ -645,7 +489,7 @@ class _Discovery:
             and self.problem.field.can_shrink()
         )
 
-    def _compact(self, lane: _Lane) -> _Lane:
+    def _compact(self, lane: Lane) -> Lane:
         self.parts.append(lane.keep((~lane.live).nonzero().flatten()))
         smaller = self._enter(lane.keep(lane.live.nonzero().flatten()))
         self.lanes[self.lanes.index(lane)] = smaller
@@ -676,7 +520,7 @@ class _Discovery:
                 moved.unfinished = unfinished
             self.lanes.append(moved)
 
-    def _prepared(self, lane: _Lane) -> _Lane:
+    def _prepared(self, lane: Lane) -> Lane:
         """A lane with the slope that its method starts from, or without one."""
         if not lane.tools.solver.fsal:
             lane.slope = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .equations import required_arguments
 from .field import Field
+from .solvers.linearize import Ordinary
 from .state import Layout
 
 
@@ -167,6 +169,26 @@ class Watch:
             left = torch.sign(value).to(before) == before
             low, high = torch.where(left, middle, low), torch.where(left, high, middle)
         return torch.where(here, high, 1.0)
+
+
+def slope_inside(state: Callable, theta: Tensor) -> Tensor:
+    """d state/d theta, [points, features], where every point's state [points, features] depends on its own theta alone.
+
+    By two backward passes, the first being linear in its cotangent. The first use of forward mode would load the
+    decompositions of all operations, which takes a second and warns.
+
+    Args:
+        state: theta -> z there. theta: [points].
+    """
+    ordinary = Ordinary() if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), ordinary:
+        theta = theta.clone().requires_grad_()
+        z = state(theta)
+        real = torch.view_as_real(z) if z.is_complex() else z
+        cotangent = torch.zeros_like(real, requires_grad=True)
+        (total,) = torch.autograd.grad(real, theta, cotangent, create_graph=True)
+        (slope,) = torch.autograd.grad(total, cotangent, torch.ones_like(total))
+    return torch.view_as_complex(slope) if z.is_complex() else slope
 
 
 def parse(events) -> list[Event]:

@@ -15,7 +15,7 @@ from .grid import Grid, Record
 from .problem import Problem
 
 if TYPE_CHECKING:
-    from .discover import _Lane
+    from .lane import Lane
 
 
 class Counts(NamedTuple):
@@ -51,7 +51,7 @@ class Trajectory:
         self,
         problem: Problem,
         z0: Tensor,
-        parts: list[_Lane],
+        parts: list[Lane],
         records: list[Record],
         interior: Tensor | None,
         nfe_extra: int,
@@ -125,9 +125,9 @@ class Trajectory:
         )
 
 
-def _last(lane: _Lane) -> Tensor:
+def _last(lane: Lane) -> Tensor:
     return lane.s.new_full((3, len(lane.s)), float("nan")) if lane.last is None else lane.last
 
 
-def _linear(lane: _Lane) -> Tensor:
+def _linear(lane: Lane) -> Tensor:
     return lane.s.new_zeros(len(lane.s), 3, dtype=torch.int64) if lane.linear is None else lane.linear.T

@@ -374,3 +374,16 @@ def test_a_tableau_checks_itself(solver, name):
     with refused(ValueError, "inconsistent tableau"):
         dataclasses.replace(tableau, **{name: value[:-1]} if name != "gamma" else {"b": (*tableau.b, 0.0)})
     assert isinstance(tableau, RosenbrockTableau)
+
+
+@pytest.mark.parametrize("solver", IMPLICIT)
+def test_an_f_that_hides_its_dependence_on_z_is_refused(solver):
+    hidden = nde.ODE(lambda t, z: -(z.detach() ** 2))
+    with refused(TypeError, "Jacobian", "detach", "tsit5"):
+        nde.solve(hidden, torch.ones(2, 2).double(), (0.0, 1.0), solver=solver)
+    weight = torch.nn.Parameter(torch.ones(2).double())
+    with refused(TypeError, "Jacobian"):
+        nde.solve(nde.ODE(lambda t, z: -weight * z.detach()), torch.ones(2, 2).double(), (0.0, 1.0), solver=solver)
+    # A constant one is not.
+    steady = nde.solve(nde.ODE(lambda t, z: weight.expand(2, 2)), torch.zeros(2, 2).double(), (0.0, 1.0), solver=solver)
+    torch.testing.assert_close(steady.final, torch.ones(2, 2).double())

@@ -33,16 +33,19 @@ def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linear
     """One evaluation of f, and as many backward passes through it as z has features, batched where f allows it.
 
     Samples must be independent: a backward pass is made for all of them at once. Differentiable if grad mode is on;
-    the derivatives are taken also where it is off. An f that cuts autograd's graph (detach, numpy) has derivatives 0.
+    the derivatives are taken also where it is off.
 
     Args:
         t: [batch], or [1] for the whole batch.
         z: [batch, features], real.
         rate: whether ∂f/∂t is wanted.
+
+    Raises:
+        TypeError: f depends on z, but cuts autograd's graph (detach, numpy).
     """
     taped = torch.is_grad_enabled()
     inference = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.enable_grad(), _Ordinary() if inference else contextlib.nullcontext():
+    with torch.inference_mode(False), torch.enable_grad(), Ordinary() if inference else contextlib.nullcontext():
         # Ends of their own: f may depend on z in other ways, through tensors that it closes over.
         outside = taped and z.requires_grad
         z = z.view_as(z) if outside else (z.clone() if inference else z.detach()).requires_grad_()
@@ -51,7 +54,11 @@ def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linear
         eps, value = torch.finfo(value.dtype).eps, value.to(z.dtype)
         taped = taped and (outside or _reaches_others(value, (z, t)))
         own = rate and len(t) == len(z)  # each sample has its own t, and gets ∂f/∂t with ∂f/∂z
-        jacobian, *slopes = _rows(value, [z, t] if own else [z], _directions(value), taped)
+        inputs = [z, t] if own else [z]
+        products = _products(value, inputs, _directions(value), taped)
+        if products[0] is None:
+            _require_constant(f, f.times(t)[0], z, value)
+        jacobian, *slopes = _filled(products, inputs, len(z[0]))
         slope = None
         if rate:
             slope = slopes[0].T if own else _shared_rate(value, t, taped, eps)
@@ -79,17 +86,34 @@ def _directions(value: Tensor) -> Tensor:
     return torch.eye(features, dtype=value.dtype, device=value.device)[:, None].expand(-1, batch, -1)
 
 
-def _rows(value: Tensor, inputs: list[Tensor], cotangents: Tensor, taped: bool) -> list[Tensor]:
-    """Vector-Jacobian products, each [cotangents, *input.shape]; 0 where the value does not depend on an input."""
+@torch.no_grad()
+def _require_constant(f: VectorField, now, z: Tensor, value: Tensor):
+    """Raises TypeError if a value that autograd sees no z in depends on z all the same."""
+    moved = f(now, z + 0.01 * (1.0 + z.abs())).to(value.dtype)
+    if not bool(torch.isclose(moved, value.detach(), rtol=1e-6, atol=0.0, equal_nan=True).all()):
+        raise TypeError(
+            "a solver that takes the Jacobian of f needs an f that autograd can follow, but f depends on z in a way "
+            "that it can't (detach, numpy, no_grad inside of f); write f in differentiable operations of torch, or use "
+            "an explicit solver (solver='tsit5')"
+        )
+
+
+def _products(value: Tensor, inputs: list[Tensor], cotangents: Tensor, taped: bool) -> list[Tensor | None]:
+    """Vector-Jacobian products, each [cotangents, *input.shape]; None where the value does not depend on an input."""
     if not value.requires_grad:
-        return [x.new_zeros(len(cotangents), *x.shape) for x in inputs]
+        return [None] * len(inputs)
     how = {"retain_graph": True, "create_graph": taped, "allow_unused": True}
     try:
         found = torch.autograd.grad(value, inputs, cotangents, is_grads_batched=True, **how)
     except RuntimeError:  # something in f's backward pass can't be batched
         single = [torch.autograd.grad(value, inputs, cotangent, **how) for cotangent in cotangents]
         found = [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]
-    return [x.new_zeros(len(cotangents), *x.shape) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    return list(found)
+
+
+def _filled(products: list[Tensor | None], inputs: list[Tensor], count: int) -> list[Tensor]:
+    """The products, 0 where there are none."""
+    return [x.new_zeros(count, *x.shape) if g is None else g for x, g in zip(inputs, products, strict=True)]
 
 
 def _shared_rate(value: Tensor, t: Tensor, taped: bool, eps: float) -> Tensor:
@@ -120,10 +144,10 @@ def _shared_rate(value: Tensor, t: Tensor, taped: bool, eps: float) -> Tensor:
         pass
     # f's backward pass can't be differentiated: one pass for every component.
     every = torch.eye(value.numel(), dtype=value.dtype, device=value.device).view(-1, *value.shape)
-    return _rows(value, [t], every, taped)[0].view(value.shape)
+    return _filled(_products(value, [t], every, taped), [t], len(every))[0].view(value.shape)
 
 
-class _Ordinary(TorchFunctionMode):
+class Ordinary(TorchFunctionMode):
     """Clones the inference tensors that enter a computation: autograd can't keep them."""
 
     def __init__(self):
