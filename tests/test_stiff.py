@@ -37,7 +37,14 @@ def accurate(z, reference, rtol, atol):
 
 @pytest.mark.parametrize(
     ("solver", "rtol", "atol"),
-    [("rosenbrock23", 1e-4, 1e-18), ("rodas5p", 1e-4, 1e-18), ("rodas5p", 1e-6, 1e-20), ("rodas5p", 1e-8, 1e-22)],
+    [
+        ("rosenbrock23", 1e-4, 1e-18),
+        ("rodas5p", 1e-4, 1e-18),
+        ("rodas5p", 1e-6, 1e-20),
+        ("rodas5p", 1e-8, 1e-22),
+        ("auto", 1e-4, 1e-18),
+        ("auto", 1e-6, 1e-18),
+    ],
 )
 def test_robertson_to_ten_to_the_eleven(solver, rtol, atol):
     """Reference: Mazzia & Magherini, Test Set for Initial Value Problem Solvers, problem ROBER."""
@@ -47,7 +54,10 @@ def test_robertson_to_ten_to_the_eleven(solver, rtol, atol):
     assert accurate(solution.final[0], reference, rtol, atol)
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [("rosenbrock23", 1e-4), ("rodas5p", 1e-4), ("rodas5p", 1e-7)])
+@pytest.mark.parametrize(
+    ("solver", "tolerance"),
+    [("rosenbrock23", 1e-4), ("rodas5p", 1e-4), ("rodas5p", 1e-6), ("auto", 1e-4), ("auto", 1e-6)],
+)
 def test_van_der_pol(solver, tolerance):
     """Reference: the same test set, problem VDPOL, in its own scaling and in that of μ = 1000 on [0, 2000]."""
     reference = double(0.1706167732170483e1, -0.8928097010247975)
@@ -62,6 +72,16 @@ def test_van_der_pol(solver, tolerance):
     # v is 1000 times smaller in this scaling.
     solution = nde.solve(nde.ODE(van_der_pol(1e3)), z0, (0.0, 2000.0), atol=1e-3 * tolerance, **options)
     assert accurate(solution.final[0] * double(1.0, 1e3), reference, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(
+    ("f", "start", "end"), [(robertson, [1.0, 0.0, 0.0], 1e11), (van_der_pol(1e3), [2.0, 0.0], 2e3)]
+)
+def test_the_explicit_run_fails_and_names_stiffness_and_the_solver(f, start, end, control):
+    with refused(nde.MaxStepsReached, "stiff for this solver", "stable up to 3.51", "'auto'", "'rodas5p'") as caught:
+        nde.solve(nde.ODE(f), double(start), (0.0, end), rtol=1e-4, atol=1e-6, control=control, max_steps=1000)
+    assert caught.value.stiffness[0] * caught.value.dt[0] == pytest.approx(3.5, rel=0.5)
 
 
 @pytest.mark.parametrize("control", CONTROLS)
