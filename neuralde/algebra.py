@@ -6,6 +6,7 @@ are tensors [groups]. The loop and the controller are written once, in the opera
 
 from __future__ import annotations
 
+import cmath
 import math
 from typing import Protocol
 
@@ -62,7 +63,7 @@ class _Numbers:
     minimum = staticmethod(min)
     maximum = staticmethod(max)
     count = staticmethod(int)
-    finite = staticmethod(math.isfinite)
+    finite = staticmethod(cmath.isfinite)
 
     @staticmethod
     def read(x):

@@ -376,7 +376,8 @@ class _Discovery:
         done = arrived & (lane.s >= lane.s1)
         s = m.tensor(lane.s, self.like)
         passed = (lane.stops <= s).sum(dim=0, keepdim=True).clamp_(max=len(lane.stops) - 1)
-        lane.stop = m.read(lane.stops.gather(0, passed)[0])
+        # Samples that failed or ended at an event have no next stop.
+        lane.stop = m.minimum(m.read(lane.stops.gather(0, passed)[0]), lane.s1)
         if p.jumps is None or not m.count(arrived & m.invert(done)):
             return done
         t = m.tensor(lane.signed(lane.s), self.like)
@@ -497,20 +498,10 @@ class _Discovery:
 
     def _regroup(self):
         """Moves the samples that go on with another method to its lane."""
-        for lane in list(self.lanes):
-            leaving = None if lane.leaving is None else lane.leaving & lane.live
-            lane.leaving = None
-            if leaving is None or not (count := lane.m.count(leaving)):
-                continue
-            self.lanes.remove(lane)
-            if count == lane.unfinished and (not isinstance(leaving, Tensor) or bool(leaving.all())):
-                moved = lane
-            else:
-                self.lanes.append(self._enter(lane.keep((~leaving).nonzero().flatten())))
-                self.lanes[-1].unfinished = lane.unfinished - count
-                moved = lane.keep(leaving.nonzero().flatten())
-                moved.unfinished = count
-            moved.part, moved.counter = 1 - lane.part, lane.m.full(0, moved.counter)
+        # All lanes are parted before any is joined: at one attempt, samples may leave in both directions.
+        moving = [moved for lane in list(self.lanes) if (moved := self._leaving(lane)) is not None]
+        for moved in moving:
+            moved.part, moved.counter = 1 - moved.part, moved.m.full(0, moved.counter)
             there = next((x for x in self.lanes if x.part == moved.part), None)
             moved = self._prepared(self._enter(moved))
             if there is not None:
@@ -519,6 +510,21 @@ class _Discovery:
                 moved = self._enter(there.join(moved))
                 moved.unfinished = unfinished
             self.lanes.append(moved)
+
+    def _leaving(self, lane: Lane) -> Lane | None:
+        """The samples that leave a lane, taken out of it; or None."""
+        leaving = None if lane.leaving is None else lane.leaving & lane.live
+        lane.leaving = None
+        if leaving is None or not (count := lane.m.count(leaving)):
+            return None
+        self.lanes.remove(lane)
+        if count == lane.unfinished and (not isinstance(leaving, Tensor) or bool(leaving.all())):
+            return lane
+        self.lanes.append(self._enter(lane.keep((~leaving).nonzero().flatten())))
+        self.lanes[-1].unfinished = lane.unfinished - count
+        moved = lane.keep(leaving.nonzero().flatten())
+        moved.unfinished = count
+        return moved
 
     def _prepared(self, lane: Lane) -> Lane:
         """A lane with the slope that its method starts from, or without one."""

@@ -66,7 +66,7 @@ class Setup:
             control=control,
             adjoint=adjoint,
             args=self.args,
-            rtol=1e-3,
+            rtol=1e-3 if nde.solvers.get(solver).order > 1 else 1e-1,
             atol=1e-2,
             **more,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 
 import pytest
@@ -240,6 +241,15 @@ def test_complex(dtype, rounding, solver, control, adjoint):
         # In complex64 the difference of two close stages loses digits; in complex128 it keeps enough.
         if dtype == torch.complex128:
             torch.testing.assert_close(measured, torch.full_like(measured, abs(RATE)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_complex_in_fixed_steps(control, adjoint):
+    z0 = torch.randn(3, 2, dtype=torch.complex128)
+    how = {"solver": "rk4", "control": control, "adjoint": adjoint, "dt0": 0.01}
+    solution = nde.solve(nde.ODE(lambda t, z: -RATE * z), z0, (0.0, 1.5), **how)
+    torch.testing.assert_close(solution.final, z0 * cmath.exp(-1.5 * RATE), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
