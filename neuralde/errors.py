@@ -120,9 +120,15 @@ def failure(status, t, dt, error, stiffness, joint: bool, stability_size: float 
     if not joint and len(failed) > _SHOWN:
         lines.append(f"  and {len(failed) - _SHOWN} more")
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
-    advice = "; ".join(f"{kind.name.lower()}: {kind.message}" for kind in dict.fromkeys(kinds))
-    message = f"{count} failed.\n" + "\n".join(lines) + f"\n{advice}.{_stiff(columns, stability_size)}"
+    stiff = _stiff(columns, stability_size)
+    # A budget that ran out needs no other explanations then.
+    said = {kind: _BUDGET if stiff and kind is Status.MAX_STEPS else kind.message for kind in dict.fromkeys(kinds)}
+    advice = "; ".join(f"{kind.name.lower()}: {text}" for kind, text in said.items())
+    message = f"{count} failed.{stiff}\n" + "\n".join(lines) + f"\n{advice}."
     return _TYPES[kinds[0]](message, failed, *columns)
+
+
+_BUDGET = "the step budget ran out before the end of the horizon"
 
 
 def _stiff(columns: list[list[float]], stability_size: float | None) -> str:

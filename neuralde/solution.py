@@ -57,6 +57,8 @@ class Steps:
         t, dt: start and (signed) size of each step, [step, batch]; 0 where `mask` is False.
         mask: whether sample b has a step j, [step, batch].
         z: the state at t, in the structure of z0, every tensor [step, batch, ...].
+        part: which of `solution.solver.parts` made the step, [step, batch] int64; 0 but for a method of several parts
+            ("auto": 0 is tsit5, 1 is rodas5p).
         error: the embedded error estimate over the tolerance, RMS over the sample (over the batch under joint
             control): what the controller compares with 1. [step, batch], or None where the solver has no estimate.
         stiffness: an estimate of |λ|: ‖f(x) - f(y)‖/‖x - y‖ of two stages at one abscissa; for a method that has f's
@@ -89,6 +91,14 @@ class Steps:
     @functools.cached_property
     def mask(self) -> Tensor:  # noqa: D102
         return self._grid.mask
+
+    @functools.cached_property
+    def part(self) -> Tensor:  # noqa: D102
+        grid = self._grid
+        everyone = torch.arange(grid.batch, device=grid.counts.device)
+        rows = [grid.part_of(torch.full_like(everyone, j), everyone) for j in range(len(grid))]
+        rows = torch.stack(rows) if rows else torch.zeros_like(self.mask, dtype=torch.int64)
+        return torch.where(self.mask, rows, 0)
 
     @functools.cached_property
     def z(self):  # noqa: D102
