@@ -201,7 +201,10 @@ class _Discovery:
 
         # Choose the next step size.
         if adaptive:
+            planned = lane.h
             self._resize(lane, h, ratio, None if everyone else ok)
+            if lane.stops is not None:  # a step that a stop cut short says little of the next one
+                lane.h = m.where(ok & (planned > h), m.maximum(lane.h, planned), lane.h)
         if self.switching:
             lane.counter, lane.leaving = self.solver.route(lane.part, lane.counter, ok, figures, h, m)
 

@@ -56,7 +56,8 @@ class Occurrences:
         z: the states, in the structure of z0, every tensor [occurrence, batch, ...]; NaN where `mask` is False.
         mask: whether sample b has an occurrence k, [occurrence, batch]; each sample's are packed to the left.
 
-    t and z are differentiable with respect to whatever the solution is, and to what the condition depends on.
+    t and z are differentiable with respect to whatever the solution is, and to what the condition depends on; first
+    derivatives only.
     """
 
     def __init__(self, t: Tensor, z, mask: Tensor):
@@ -140,18 +141,19 @@ class Watch:
             raise ValueError(
                 f"condition of event {i} must return one number per sample, [{len(z)}], got {tuple(value.shape)}"
             )
-        if value.is_complex():
-            raise TypeError(f"condition of event {i} must be real, got {value.dtype}")
+        if not value.is_floating_point():
+            raise TypeError(f"condition of event {i} must be real and floating-point, got {value.dtype}")
         return value.reshape(-1)
 
     def crossed(self, before: Tensor, after: Tensor) -> Tensor:
         """Which conditions passed through zero, [events, samples], from their signs before and values after."""
         after = torch.sign(after).to(before)
-        return (before != 0) & (after != before) & ((self.direction == 0) | (before == -self.direction))
+        passed = (before != 0) & (after != before) & ~after.isnan()
+        return passed & ((self.direction == 0) | (before == -self.direction))
 
     def sign_after(self, before: Tensor, after: Tensor) -> Tensor:
         """The sign that the next step starts from: on a zero itself, the one that the condition goes to."""
-        sign = torch.sign(after).to(before)
+        sign = torch.where(after.isnan(), before, torch.sign(after).to(before))
         return torch.where((sign == 0) & (before != 0), -before, sign)
 
     def locate(self, i: int, rows: Tensor | None, here: Tensor, before: Tensor, state: Callable, t, dt) -> Tensor:

@@ -71,7 +71,8 @@ def solve(
         dense: keep every step's stages, so that `solution(t)` need not evaluate f again (when no gradient is wanted).
         on_failure: "raise" an error that says which samples failed, where and why; "warn", and go on with the other
             samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why.
-        dt_min: least step size, positive. A step that fails the error test at that size fails the solve.
+        dt_min: least step size, positive. A step that fails the error test at that size fails the solve. (Steps that
+            share what is left before an end or a stop may be smaller.)
         dt_max: largest step size, positive.
         jump_times: where f jumps, [times] or [batch, times]: steps end there, and f is evaluated on either side only.
             Those outside of the horizon are of no effect: pad with inf.

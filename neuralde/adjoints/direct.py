@@ -38,7 +38,13 @@ class Direct(Adjoint):
 
 
 def _errors(problem: Problem, trajectory: Trajectory) -> Tensor:
-    parts = [problem.ratio(r.lens.error, r.z, r.lens.z, r.rows) for r in trajectory.records]
+    parts = []
+    for r in trajectory.records:
+        error = r.lens.error
+        if problem.norm.measure is not None and r.accepted is not None:
+            # A finished sample has no error, where a norm need not have a derivative; zero times that is NaN.
+            error = torch.where(r.accepted[:, None], error, 1.0)
+        parts.append(problem.ratio(error, r.z, r.lens.z, r.rows))
     return trajectory.grid.gather(parts, problem.start)
 
 
