@@ -260,7 +260,7 @@ def reported(figures: Tensor, dt: Tensor, solver: Reporting) -> tuple[Tensor | N
     """(error ratio, stiffness) in the figures of a `Judge`, each [groups], or None where the solver has none.
 
     Args:
-        figures: [1 to 3, groups]. dt: of the attempts, [groups].
+        figures: [1 to 5, groups]. dt: of the attempts, [groups].
     """
     error = None if solver.error_order is None else figures[0]
     if not solver.reports_stiffness:
@@ -275,13 +275,15 @@ class Judge:
         z: a state of the shape to be judged, [samples, features].
         solver: what makes the steps.
         norm: of these samples.
+        weigh: whether the norms of the pair are wanted over the tolerances as well, as rows 1 and 2.
     """
 
-    def __init__(self, z: Tensor, solver: Reporting, norm: Norm):
+    def __init__(self, z: Tensor, solver: Reporting, norm: Norm, weigh: bool = False):
         has_error, self.has_stiffness = solver.error_order is not None, solver.reports_stiffness and solver.linearizes
         has_pair = solver.reports_stiffness and not solver.linearizes
         self.has_error, self.has_pair, self.norm = has_error, has_pair, norm
-        self.buffer = z.new_empty(has_error + 2 * has_pair, *z.shape)
+        self.weigh = weigh and has_error and has_pair
+        self.buffer = z.new_empty(has_error + 2 * has_pair * (1 + self.weigh), *z.shape)
         self.rows = self.buffer.unbind(0)
         self.flat = self.buffer.flatten(1) if norm.joint else self.buffer
         # The norm's 1/√n goes into the scale: one pass less.
@@ -299,7 +301,7 @@ class Judge:
             step: the attempt. z: where it started.
 
         Returns:
-            [1 to 3, groups], or None where nothing is reported. See `reported`.
+            [1 to 5, groups], or None where nothing is reported. See `reported`.
         """
         if not self.rows:
             return step.stiffness[None] if self.has_stiffness else None
@@ -316,6 +318,9 @@ class Judge:
             slope_x, slope_y, x, y = step.pair
             torch.sub(slope_x, slope_y, out=self.rows[-2])
             torch.sub(x, y, out=self.rows[-1])
+            if self.weigh:
+                torch.div(self.rows[-2], scale, out=self.rows[1])
+                torch.div(self.rows[-1], scale, out=self.rows[2])
         figures = torch.linalg.vector_norm(self.flat, dim=-1, keepdim=self.norm.joint)
         if self.has_error and self.norm.measure is not None:
             figures[0] = self.norm.measure(self.rows[0] * self.root)

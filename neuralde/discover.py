@@ -59,6 +59,7 @@ class _Discovery:
         self.hits: list[tuple[Tensor, ...]] = []  # (event, sample, step, theta, t, z, speed, terminal)
         self.like = problem.start
         self.eps = 4 * torch.finfo(self.like.dtype).eps  # below this step size s + h is s
+        self.still: Tensor | None = None  # which samples wait for others under joint control
         self.attempts = 0
         self.lanes = [self._enter(self._lane(slope))]
 
@@ -112,7 +113,7 @@ class _Discovery:
             self._set_stops(lane)
         if self.watch is not None:
             with torch.no_grad():
-                lane.signs = torch.sign(self.watch.start(p.start, self.z0))
+                lane.signs = self.watch.start(p.start, self.z0, slope)
             lane.ended = torch.zeros(len(self.z0), dtype=torch.bool, device=self.z0.device)
         return lane
 
@@ -123,7 +124,7 @@ class _Discovery:
             solver=solver,
             f=p.field.on(lane.rows),
             memory=solver.memory(lane.z, self.taped),
-            judge=_control.Judge(lane.z.detach(), solver, p.norm.on(lane.rows)),
+            judge=_control.Judge(lane.z.detach(), solver, p.norm.on(lane.rows), self.switching),
             exponents=self.control.exponents(solver.order, solver.exponents),
             since=self.attempts,
         )
@@ -222,8 +223,8 @@ class _Discovery:
     def _step(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure):
         """The step of the lane's method, unjudged."""
         solver, f = lane.tools.solver, lane.tools.f
-        if self.problem.jumps is not None:
-            f = self.problem.f(lane.rows, t, lane.m.tensor(lane.signed(s_end), t))
+        if self.problem.jumps is not None or self.still is not None:
+            f = self.problem.f(lane.rows, t, lane.m.tensor(lane.signed(s_end), t), still=self.still)
         past = {"past": Past(lane.past_slopes, lane.past_dt)} if solver.history else {}
         return solver.attempt(f, t, dt, lane.z, lane.slope, lane.tools.memory, close=self.close, **past)
 
@@ -262,7 +263,7 @@ class _Discovery:
         """
         t_end = lane.m.tensor(lane.signed(s_end), t)
         z = step.z if not isinstance(ok, Tensor) else torch.where(ok[:, None], step.z, lane.z)
-        f = lane.tools.f if self.problem.jumps is None else self.problem.f(lane.rows, t, t_end)
+        f = self.problem.f(lane.rows, t, t_end, still=self.still)
         slope = f(f.times(t_end)[0], z)
         lane.calls = lane.calls + ok
         step = step._replace(slope_end=slope, stages=lane.tools.solver.finish(step.stages, slope))
@@ -405,6 +406,7 @@ class _Discovery:
         watch, rows, solver = self.watch, lane.rows, lane.tools.solver
         with torch.no_grad():
             after = watch.values(rows, lane.m.tensor(lane.signed(s_end), t), step.z)
+            watch.require_numbers(after, ok & ~lane.ended, lane.m.tensor(lane.signed(s_end), t))
             here = watch.crossed(lane.signs, after) & ok & ~lane.ended
             signs = torch.where(
                 torch.as_tensor(ok, device=after.device), watch.sign_after(lane.signs, after), lane.signs
@@ -448,10 +450,14 @@ class _Discovery:
     def _end(self, lane: Lane, ended: Tensor) -> Figure:
         """Ends samples at their events. Returns which groups have finished.
 
-        Under joint control a sample goes on beside the others, unseen, until all have ended.
+        Under joint control a sample stands still beside the others until all have ended.
         """
         lane.ended = lane.ended | ended
         if self.problem.joint:
+            self.still = lane.ended
+            gone = ended[:, None]
+            lane.slope = None if lane.slope is None else torch.where(gone, 0.0, lane.slope)
+            lane.past_slopes = None if lane.past_slopes is None else torch.where(gone, 0.0, lane.past_slopes)
             return bool(lane.ended.all())
         lane.s1, lane.stop = (torch.where(ended, lane.s, x) for x in (lane.s1, lane.stop))
         return ended

@@ -97,14 +97,14 @@ _TYPES = {
 _SHOWN = 5  # samples described one by one in a message; the rest are counted
 
 
-def failure(status, t, dt, error, stiffness, joint: bool, stability_size: float | None) -> NeuralDEError:
+def failure(status, t, dt, error, stiffness, joint: bool, solver: str, stability_size: float | None) -> NeuralDEError:
     """The error that describes the failed samples.
 
     Args:
         status, t, dt, error, stiffness: [batch]: the state of each sample when it stopped. `error` and `stiffness` are
             None where the solver has no such estimate.
         joint: whether one step size served the whole batch, so that the batch fails as a whole.
-        stability_size: |dt·λ| beyond which the solver is unstable, or None where it always is stable.
+        solver: its name. stability_size: |dt·λ| beyond which it is unstable, or None where it always is stable.
     """
     failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
     missing = torch.full_like(dt, float("nan"))
@@ -120,7 +120,7 @@ def failure(status, t, dt, error, stiffness, joint: bool, stability_size: float 
     if not joint and len(failed) > _SHOWN:
         lines.append(f"  and {len(failed) - _SHOWN} more")
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
-    stiff = _stiff(columns, stability_size)
+    stiff = _stiff(columns, solver, stability_size)
     # A budget that ran out needs no other explanations then.
     said = {kind: _BUDGET if stiff and kind is Status.MAX_STEPS else kind.message for kind in dict.fromkeys(kinds)}
     advice = "; ".join(f"{kind.name.lower()}: {text}" for kind, text in said.items())
@@ -131,15 +131,15 @@ def failure(status, t, dt, error, stiffness, joint: bool, stability_size: float 
 _BUDGET = "the step budget ran out before the end of the horizon"
 
 
-def _stiff(columns: list[list[float]], stability_size: float | None) -> str:
+def _stiff(columns: list[list[float]], solver: str, stability_size: float | None) -> str:
     """What the stiffness says: steps as large as stability allows are not as large as accuracy does."""
     _, dt, _, stiffness = columns
     sizes = [abs(h * s) for h, s in zip(dt, stiffness, strict=True) if math.isfinite(h * s)]
     if stability_size is None or not sizes or max(sizes) < 0.5 * stability_size:
         return ""
     return (
-        f" The problem is stiff for this solver: |dt|·stiffness = {max(sizes):.3g}, and its steps are stable up to "
-        f"{stability_size:.3g}. Use solver='auto', 'rodas5p' or 'rosenbrock23'."
+        f" The problem is stiff for solver {solver!r}: |dt|·stiffness = {max(sizes):.3g}, and its steps are stable up "
+        f"to {stability_size:.3g}. Use solver='auto', 'rodas5p' or 'rosenbrock23'."
     )
 
 

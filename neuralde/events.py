@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,13 @@ import torch
 from torch import Tensor
 
 from .equations import required_arguments
+from .errors import NeuralDEError
 from .field import Field
-from .solvers.linearize import Ordinary
+from .solvers.linearize import ordinary
 from .state import Layout
+
+# Units of rounding within which a solve starts on a zero: what a restart from an event can be off by.
+_ON_ZERO = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,8 @@ class Event:
     """Where condition(t, z) = 0.
 
     A zero is found where the condition has another sign at a step's end than at its start, and located on the solver's
-    interpolant. Two zeros inside of one step are not seen: bound the step by `dt_max` where a condition changes fast.
+    interpolant. Two zeros inside of one step are not seen: bound the step by `dt_max` where a condition changes fast. A
+    solve that starts on a zero (up to rounding) has left it: so that one can go on from an event, after a bounce.
 
     Args:
         condition: a function or Module of (t, z), or (t, z, args) where the solve is given args, that returns one
@@ -110,10 +114,50 @@ class Watch:
         self._takes_args = [field.args is not None and required_arguments(e.condition) != 2 for e in events]
         self._everyone: tuple[Tensor, Tensor] | None = None
 
-    def start(self, t: Tensor, z: Tensor) -> Tensor:
-        """The conditions at the start, [events, batch]; where a sample stands is what others are evaluated beside."""
-        self._everyone = t.expand(len(z)).clone(), z.detach().clone()
-        return self.values(None, t, z)
+    def start(self, t: Tensor, z: Tensor, slope: Tensor) -> Tensor:
+        """The signs of the conditions at the start, [events, batch].
+
+        A start on a zero, up to rounding, is on the side that the condition goes to: a solve that goes on from an event
+        must not find it again.
+        """
+        # What samples are evaluated beside, later on.
+        self._everyone = t, z = t.expand(len(z)).clone(), z.detach().clone()
+        signs = []
+        for i in range(len(self.events)):
+            value, by_t, by_z = self.derivatives(i, None, t, z)
+            self._refuse_nan(i, value, t)
+            rate = by_t + (by_z.conj() * slope.detach()).real.sum(dim=1).to(t.dtype)
+            reach = rate.abs() * t.abs() + (by_z.abs() * z.abs()).sum(dim=1).to(t.dtype)
+            near = value.abs() <= _ON_ZERO * torch.finfo(t.dtype).eps * reach
+            signs.append(torch.sign(torch.where(near, rate.to(value.dtype), value)))
+        return torch.stack(signs)
+
+    def derivatives(self, i: int, rows: Tensor | None, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A condition and its derivatives: ([samples], by t, [samples], by z, [samples, features]); constants."""
+        with ordinary(), torch.inference_mode(False), torch.enable_grad():
+            t, z = t.detach().clone().requires_grad_(), z.detach().clone().requires_grad_()
+            value = self.values(rows, t, z, only=i)
+            by_t = by_z = None
+            if value.requires_grad:
+                by_t, by_z = torch.autograd.grad(value.sum(), (t, z), allow_unused=True)
+        by_t = torch.zeros_like(t) if by_t is None else by_t
+        return value.detach(), by_t, torch.zeros_like(z) if by_z is None else by_z
+
+    def require_numbers(self, values: Tensor, ok: Tensor, t: Tensor):
+        """Raises ValueError if a condition is not a number at the end of an accepted step."""
+        if bool((values.isnan() & ok).any()):
+            for i, value in enumerate(values):
+                self._refuse_nan(i, torch.where(ok, value, 0.0), t)
+
+    @staticmethod
+    def _refuse_nan(i: int, value: Tensor, t: Tensor):
+        lost = value.isnan().nonzero().flatten().tolist()
+        if lost:
+            at = float(t.expand(len(value))[lost[0]])
+            raise ValueError(
+                f"condition of event {i} is NaN for samples {lost[:5]}{' and more' if len(lost) > 5 else ''}, first at "
+                f"t = {at:.9g}: an event can't be told there; make the condition finite wherever the solution goes"
+            )
 
     def values(self, rows: Tensor | None, t: Tensor, z: Tensor, only: int | None = None) -> Tensor:
         """The conditions, [events, samples] (or one of them, [samples]).
@@ -148,12 +192,11 @@ class Watch:
     def crossed(self, before: Tensor, after: Tensor) -> Tensor:
         """Which conditions passed through zero, [events, samples], from their signs before and values after."""
         after = torch.sign(after).to(before)
-        passed = (before != 0) & (after != before) & ~after.isnan()
-        return passed & ((self.direction == 0) | (before == -self.direction))
+        return (before != 0) & (after != before) & ((self.direction == 0) | (before == -self.direction))
 
     def sign_after(self, before: Tensor, after: Tensor) -> Tensor:
         """The sign that the next step starts from: on a zero itself, the one that the condition goes to."""
-        sign = torch.where(after.isnan(), before, torch.sign(after).to(before))
+        sign = torch.sign(after).to(before)
         return torch.where((sign == 0) & (before != 0), -before, sign)
 
     def locate(self, i: int, rows: Tensor | None, here: Tensor, before: Tensor, state: Callable, t, dt) -> Tensor:
@@ -182,8 +225,7 @@ def slope_inside(state: Callable, theta: Tensor) -> Tensor:
     Args:
         state: theta -> z there. theta: [points].
     """
-    ordinary = Ordinary() if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), ordinary:
+    with ordinary(), torch.inference_mode(False), torch.enable_grad():
         theta = theta.clone().requires_grad_()
         z = state(theta)
         real = torch.view_as_real(z) if z.is_complex() else z
@@ -194,12 +236,12 @@ def slope_inside(state: Callable, theta: Tensor) -> Tensor:
 
 
 def parse(events) -> list[Event]:
-    """`solve(events=...)` as a list.
+    """`solve(events=...)` as a list; an empty one for None.
 
     Raises:
         TypeError: not an `Event` or a list of them.
     """
-    listed = [events] if isinstance(events, Event) else events
+    listed = [events] if isinstance(events, Event) else [] if events is None else events
     if not isinstance(listed, list | tuple) or not all(isinstance(e, Event) for e in listed):
         raise TypeError(f"events must be an nde.Event or a list of them, got {events!r}")
     return list(listed)
@@ -209,7 +251,7 @@ def gather(watch: Watch, hits: Hits, z: Tensor) -> tuple[Tensor, Tensor]:
     """The occurrences' times and states with their gradients, [rows, batch] and [rows, batch, features].
 
     The condition's zero moves with all that it depends on: t = t̂ - g(t̂, z(t̂)) / ġ, one step of Newton's method whose
-    value changes nothing, and z moves along with t.
+    value changes nothing, and z moves along with t. NaN where a sample has no such occurrence.
 
     Args:
         z: the states there, on the tape, [rows, batch, features].
@@ -233,18 +275,40 @@ def gather(watch: Watch, hits: Hits, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _newton(watch: Watch, event: int, rows: Tensor, t: Tensor, z: Tensor, speed: Tensor) -> Tensor:
     """How far the zero moves, [samples]: zero in value, with a gradient."""
-    value = watch.values(rows, t, z, only=event)
-    with torch.enable_grad():
-        moving_t, moving_z = t.detach().requires_grad_(), z.detach().requires_grad_()
-        again = watch.values(rows, moving_t, moving_z, only=event)
-        if again.requires_grad:
-            by_t, by_z = torch.autograd.grad(again.sum(), (moving_t, moving_z), allow_unused=True)
-        else:
-            by_t = by_z = None
-    rate = torch.zeros_like(t)
-    if by_t is not None:
-        rate = rate + by_t
-    if by_z is not None:
-        rate = rate + (by_z.conj() * speed).real.sum(dim=1).to(t.dtype)
-    value = value.to(t.dtype)
-    return -(value - value.detach()) / rate
+    value = watch.values(rows, t, z, only=event).to(t.dtype)
+    _, by_t, by_z = watch.derivatives(event, rows, t, z)
+    rate = by_t + (by_z.conj() * speed).real.sum(dim=1).to(t.dtype)
+    return _Moved.apply(value, z, rate, event)
+
+
+class _Moved(torch.autograd.Function):
+    """-(g - ĝ)/ġ: zero, with the derivative -1/ġ by g. First derivatives only, and whoever wants more is told."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, z: Tensor, rate: Tensor, event: int) -> Tensor:
+        ctx.save_for_backward(value, z, rate)
+        ctx.event = event
+        return torch.zeros_like(value)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        value, z, rate = ctx.saved_tensors
+        if bool(((rate == 0) & (g != 0)).any()):
+            raise NeuralDEError(
+                f"event {ctx.event} has no gradient: its condition does not change along the solution where it is "
+                "zero, or autograd can't follow it (detach, sign, numpy inside of the condition)"
+            )
+        back = -g / torch.where(rate == 0, 1.0, rate)
+        return _Once.apply(back, value, z) if torch.is_grad_enabled() else back, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that can't be differentiated; value and z are what it depends on beside."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, value: Tensor, z: Tensor) -> Tensor:
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        raise NeuralDEError("an event's time and state have first derivatives only: their gradient has none")

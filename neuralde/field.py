@@ -239,7 +239,9 @@ class Between:
         """See `Field.times`."""
         if not self._takes_time():
             return self.field.times(t, c, dt)
-        return self.field.shaped(instants(t, c, dt).clamp(self.low, self.high))
+        times = instants(t, c, dt)
+        # Moved, not clamped: a clamp has half a derivative at its bounds, where the first and the last stage are.
+        return self.field.shaped(times + (times.clamp(self.low, self.high) - times).detach())
 
     def _takes_time(self) -> bool:
         whole = self.field.field if isinstance(self.field, _Part) else self.field
@@ -248,6 +250,23 @@ class Between:
     def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
         """dz/dt, [samples, features]."""
         return self.field(t, z)
+
+
+class Still:
+    """A field in which some samples stand still.
+
+    Args:
+        field: f.
+        still: which samples, [samples].
+    """
+
+    def __init__(self, field: Field | _Part | Between, still: Tensor):
+        self.field, self.still = field, still[:, None]
+        self.layout, self.joint, self.times = field.layout, field.joint, field.times
+
+    def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
+        """dz/dt, [samples, features]."""
+        return torch.where(self.still, 0.0, self.field(t, z))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Record:
         t, dt: [groups].
         t_end: the same, or a number where there is one group.
         z: [n, features], the state at t. slope: f there, where later steps build on it.
-        figures: of `control.Judge`, [1 to 3, groups], or None where the solver reports nothing.
+        figures: of `control.Judge`, [1 to 5, groups], or None where the solver reports nothing.
         lens: on a tape, what error and stiffness can be differentiated from: the step without its stages.
         snapshot: [rows, n, features], the stages, where they are kept.
     """
@@ -51,10 +51,12 @@ class Grid:
         sizes: per step, the number of groups.
         parts: per step, pairs (part of the solver, positions in the step of the samples that it steps, None for all).
         counts: accepted steps per sample, [batch].
+        ended_in: the step in which an event ended each sample while the batch went on without it, [batch], or None.
     """
 
     def __init__(self, records: list[Record], batch: int, joint: bool, like: Tensor, times: Tensor):
         self.batch, self.joint = batch, joint
+        self.ended_in: Tensor | None = None
         self.groups = 1 if joint else batch
         self._time_dtype, device = times.dtype, like.device
         self._whole = all(r.rows is None and r.accepted is None for r in records)
@@ -141,6 +143,10 @@ class Grid:
     def slopes(self) -> list[Tensor]:
         """Per step, [samples, features]: f at its start, where later steps build on it."""
         return list(self.gather(self._slopes, self.flat_z).split([len(z) for z in self.z]))
+
+    def still(self, j: int) -> Tensor | None:
+        """Which samples stand still in step j, [batch], or None."""
+        return None if self.ended_in is None else self.ended_in < j
 
     def part_of(self, step: Tensor, sample: Tensor) -> Tensor:
         """Which part of the solver made a step of a sample, both [samples]."""

@@ -150,26 +150,60 @@ def probe_solution(
     t = problem._groups(t.detach().to(problem.times))
     with torch.set_grad_enabled(torch.is_grad_enabled() and through_state):
         z = solution._at(t)
-    problem = dataclasses.replace(
-        problem,
-        solver=problem.solver if solver is None else solvers.get(solver),
-        times=torch.stack([t.expand(problem.times.shape[1]), problem.times[-1]]),
-    )
-    if bool(solution.converged.all()):
-        slope = problem.field(problem.field.times(t)[0], z)
-        if problem.solver.linearizes:
-            problem = dataclasses.replace(problem, field=problem.field.linearized(t, z, slope))
-        return _look(problem, t, z, slope, None)
+    problem = dataclasses.replace(problem, times=torch.stack([t.expand(problem.times.shape[1]), problem.times[-1]]))
     if not bool(solution.converged.any()):
         raise ValueError("every sample of the solution failed, so there is no point to probe from")
-    # Failed samples are left out: f may be unable to handle them anywhere.
-    rows = solution.converged.nonzero().flatten()
-    f, t, z = problem.field.on(rows), t[rows], z[rows]
-    part = dataclasses.replace(problem, field=f, times=problem.times[:, rows])
-    found = _look(part, t, z, f(f.times(t)[0], z), None)
+    pieces = [
+        _look_at(dataclasses.replace(problem, solver=method), t, z, which & solution.converged)
+        for method, which in _methods(solution, t, solver)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    # Every sample is a number in one of them.
+    both = {name: [getattr(piece, name) for piece in pieces] for name in vars(pieces[0]) if name != "solver"}
+    values = {
+        name: None if None in x else pytree.tree_map(lambda first, *others: _known(first, others), *x)
+        for name, x in both.items()
+    }
+    return Probe(solver=solution.solver, **values)
+
+
+def _methods(solution: Solution, t: Tensor, solver: str | Solver | None) -> list[tuple[Solver, Tensor]]:
+    """What to probe with, and which samples, [batch]: the method that each of them stepped with there."""
+    everyone = torch.ones_like(solution.converged)
+    if solver is not None or len(solution.solver.parts) == 1:
+        return [(solution.solver if solver is None else solvers.get(solver), everyone)]
+    used = solution._parts_at(t)
+    # A method that builds on earlier steps can't begin anywhere: the one that starts it can.
+    parts = [solution.solver.parts[0] if part.history else part for part in solution.solver.parts]
+    found: dict[Solver, Tensor] = {}
+    for i, part in enumerate(parts):
+        found[part] = found.get(part, ~everyone) | (used == i)
+    return [(part, which) for part, which in found.items() if bool(which.any())]
+
+
+def _known(first: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    for other in others:
+        first = torch.where(first.isnan(), other, first)
+    return first
+
+
+def _look_at(problem: Problem, t: Tensor, z: Tensor, which: Tensor) -> Probe:
+    """`_look` at some of the samples, [batch] bool; NaN for the others, whom f may be unable to handle anywhere."""
+    f, rows = problem.field, None
+    if not bool(which.all()):
+        rows = which.nonzero().flatten()
+        f, t, z = f.on(rows), t[rows], z[rows]
+        problem = dataclasses.replace(problem, field=f, times=problem.times[:, rows], norm=problem.norm.on(rows))
+    slope = f(f.times(t)[0], z)
+    if rows is None and problem.solver.linearizes:
+        problem = dataclasses.replace(problem, field=f.linearized(t, z, slope))
+    found = _look(problem, t, z, slope, None)
+    if rows is None:
+        return found
 
     def spread(x):
-        return x.new_full((len(solution.status), *x.shape[1:]), float("nan")).index_copy(0, rows, x)
+        return x.new_full((len(which), *x.shape[1:]), float("nan")).index_copy(0, rows, x)
 
     values = {name: x for name, x in vars(found).items() if name != "solver"}
     return Probe(solver=found.solver, **pytree.tree_map_only(Tensor, spread, values))
@@ -218,7 +252,7 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
         with full_precision(here[0].device):
             slopes = [None] * j
             for back, z in enumerate(here[1:], start=1):
-                f = p.f(grid.rows[j - back], grid.t[j - back], grid.t_end[j - back])
+                f = p.f(grid.rows[j - back], grid.t[j - back], grid.t_end[j - back], still=grid.still(j - back))
                 slopes[j - back] = f(f.times(grid.t[j - back])[0], z)
             past = past_of(p, grid, j, slopes)
             found, places = [], []

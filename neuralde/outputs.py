@@ -77,7 +77,7 @@ def shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
     if not (times.requires_grad and torch.is_grad_enabled()):
         return z0
     with torch.no_grad():
-        slope = problem.field(problem.field.times(problem.start)[0], z0)
+        slope = problem.field(problem.field.times(problem.first_instant)[0], z0)
     start = times[0].expand(len(z0))
     return z0 - (start - start.detach())[:, None].to(z0.dtype) * slope
 
@@ -100,6 +100,7 @@ def shift_outputs(problem: Problem, zs: Tensor, times: Tensor, gone: Tensor | No
 def _slope_at(problem: Problem, t: Tensor, z: Tensor, start: Tensor) -> Tensor:
     """f at an output, 0 where a sample did not get there (f is called at its start instead)."""
     field, got = problem.field, torch.isfinite(z).all(dim=1)
+    t = problem.before(t)
     z = torch.where(got[:, None], z, start)
     if problem.joint and len(t) > 1:  # outputs at different times, but f takes one t for the batch
         slope = torch.zeros_like(z)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import control as _control
 from .control import Norm, StepControl
 from .events import Watch
-from .field import Between, Field
+from .field import Between, Field, Still
 from .solvers import Solver, Step
 
 
@@ -74,6 +74,10 @@ class Problem:
         """Where f is first evaluated, [groups]: t0, or just after it where f jumps there."""
         return self.start if self.jumps is None else self._off(self.start, self.end, self.jumps)
 
+    def before(self, t: Tensor) -> Tensor:
+        """Times on the horizon, [groups or batch], or just before them where f jumps."""
+        return t if self.jumps is None else self._off(t, self.start, self.jumps)
+
     def _groups(self, x: Tensor) -> Tensor:
         return x[:1] if self.joint else x
 
@@ -82,14 +86,19 @@ class Problem:
         """Output times strictly inside the horizon, [points, groups], or None."""
         return self.times[1:-1] if len(self.times) > 2 else None
 
-    def f(self, rows: Tensor | None, t: Tensor, t_end: Tensor, field: Field | None = None):
-        """The field (or another one) for a step of the samples `rows` from t to t_end, [groups]."""
+    def f(self, rows: Tensor | None, t: Tensor, t_end: Tensor, field: Field | None = None, still: Tensor | None = None):
+        """The field for a step.
+
+        Args:
+            rows: of these samples. t, t_end: from and to, [groups].
+            field: another one than the problem's. still: samples that stand still, [samples], or None.
+        """
         field = (field or self.field).on(rows)
-        if self.jumps is None:
-            return field
-        jumps = self.jumps if rows is None or self.joint else self.jumps.index_select(1, rows)
-        first, last = self._off(t, t_end, jumps), self._off(t_end, t, jumps)
-        return Between(field, torch.minimum(first, last), torch.maximum(first, last))
+        if self.jumps is not None:
+            jumps = self.jumps if rows is None or self.joint else self.jumps.index_select(1, rows)
+            first, last = self._off(t, t_end, jumps), self._off(t_end, t, jumps)
+            field = Between(field, torch.minimum(first, last), torch.maximum(first, last))
+        return field if still is None else Still(field, still)
 
     @staticmethod
     def _off(t: Tensor, towards: Tensor, jumps: Tensor) -> Tensor:

@@ -160,7 +160,10 @@ def make_step(
     """
     rows, t, dt, t_end = located(grid, j, where)
     solver: Solver = problem.solver.parts[part]
-    f = problem.f(rows, t, t_end, field)
+    still = grid.still(j)
+    if still is not None and past is not None:
+        past = past._replace(slopes=torch.where(still[:, None], 0.0, past.slopes))
+    f = problem.f(rows, t, t_end, field, still)
     slope = f(f.times(t)[0], z) if problem.solver.history else None
     memory = solver.memory(z, taped=torch.is_grad_enabled())
     history = {"past": past} if solver.history else {}

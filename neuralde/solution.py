@@ -160,6 +160,12 @@ class Solution:
         return self.status == Status.SUCCESS
 
     @functools.cached_property
+    def t_end(self) -> Tensor:
+        """Where each sample's solve ended, [batch]: at t1, at its terminal event, or where it failed. A constant."""
+        reached = self._outcome.trajectory.reached.expand(len(self.status))
+        return reached if self._stopped is None else torch.where(self._stopped.isfinite(), self._stopped, reached)
+
+    @functools.cached_property
     def steps(self) -> Steps:
         """The accepted steps."""
         return Steps(self._problem, self._outcome)
@@ -235,6 +241,14 @@ class Solution:
     def _at(self, t: Tensor) -> Tensor:
         """The solution at one time per group ([groups]) as the engine packs it, [batch, features]."""
         return self._interpolate(t[None])[0]
+
+    def _parts_at(self, t: Tensor) -> Tensor:
+        """Which part of the solver made the step that contains a time ([groups]), [batch]."""
+        grid, everyone = self._outcome.trajectory.grid, torch.arange(len(self.status), device=self.status.device)
+        if not len(grid):
+            return torch.zeros_like(everyone)
+        step, _ = grid.locate(t[None], self._problem.span.sign())
+        return grid.part_of(step[0].expand(len(everyone)), everyone)
 
     def _interpolate(self, times: Tensor) -> Tensor:
         """[points, groups] -> [points, batch, features]."""
@@ -325,11 +339,14 @@ class Solution:
             slopes, sizes = [], []
             for back in range(1, part.history + 1):
                 before, size, end = times(back)
-                f = p.f(whole, before, end)
+                f = p.f(whole, before, end, still=grid.still(int(step[0]) - back))
                 slopes.append(f(f.times(before)[0], states.index_select(0, grid.flat_index[step - back, rows])))
                 sizes.append(size)
             past = {"past": Past(torch.stack(slopes), torch.stack(sizes))}
-        z, f = states.index_select(0, index), p.f(whole, t, t_end)
+        still = grid.still(int(step[0]))
+        if still is not None and past:
+            past["past"] = past["past"]._replace(slopes=torch.where(still[:, None], 0.0, past["past"].slopes))
+        z, f = states.index_select(0, index), p.f(whole, t, t_end, still=still)
         step = part.attempt(f, t, dt, z, None, part.memory(z, torch.is_grad_enabled()), close=True, **past)
         stages = step.stages if part.closes else part.finish(step.stages, f(f.times(t_end)[0], step.z))
         return part.snapshot(stages)

@@ -95,6 +95,7 @@ def solve(
     dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0; first derivatives only.
     """
     steps = {"dt0": dt0, "dt_min": dt_min, "dt_max": dt_max, "max_steps": max_steps}
+    steps = {name: x.item() if isinstance(x, Tensor) and x.dim() == 0 else x for name, x in steps.items()}
     stops = {"jump_times": jump_times, "step_times": step_times}
     return _untraced(_solve)(
         equation, z0, t, solver, (rtol, atol), control, adjoint, args, steps, stops, events, observer, dense, on_failure
@@ -140,7 +141,7 @@ def _solve(
         dt_max=steps["dt_max"],
         jumps=jumps,
         stops=jumps if stops is None else stops if jumps is None else torch.cat([jumps, stops]),
-        watch=None if events is None else Watch(parse_events(events), field, layout),
+        watch=Watch(events, field, layout) if (events := parse_events(events)) else None,
         observer=observer,
     )
     with full_precision(layout.device):
@@ -285,7 +286,7 @@ def _report(problem: Problem, trajectory, on_failure: str):
         return
     batch, figures = problem.field.layout.batch, (trajectory.reached, *trajectory.last_attempt())
     figures = (x if x is None else x.expand(batch) for x in (trajectory.status, *figures))
-    error = failure(*figures, problem.joint, problem.solver.stability_size)
+    error = failure(*figures, problem.joint, problem.solver.name, problem.solver.stability_size)
     if on_failure == "raise":
         raise error
     warnings.warn(str(error), SolveWarning, stacklevel=4)

@@ -118,6 +118,8 @@ class Layout:
                 of numbers.
         """
         leaves, tree = [value], None
+        if self.tree is None and isinstance(value, list | tuple) and all(isinstance(x, numbers.Real) for x in value):
+            leaves = [torch.tensor(value, dtype=self.time_dtype)]
         if self.tree is not None:
             leaves, tree = pytree.tree_flatten(value)
             if tree != self.tree:

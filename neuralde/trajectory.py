@@ -79,7 +79,12 @@ class Trajectory:
     @functools.cached_property
     def grid(self) -> Grid:
         """The accepted steps."""
-        return Grid(self.records, len(self._z0), self.problem.joint, self._z0, self.problem.start)
+        grid = Grid(self.records, len(self._z0), self.problem.joint, self._z0, self.problem.start)
+        if self.hits is not None and self.problem.joint:
+            last = self.hits.terminal.nonzero().flatten()
+            never = torch.full_like(grid.counts, len(grid))
+            grid.ended_in = never.index_copy(0, self.hits.sample[last], self.hits.step[last])
+        return grid
 
     @functools.cached_property
     def error(self) -> Tensor | None:

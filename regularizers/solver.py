@@ -139,6 +139,8 @@ class _Local(Regularizer):
         u = torch.rand(draws, generator=self.generator, device=device).to(solution.ts)
         if self.sampling == "unbiased":
             start, end = solution.ts[0].detach(), solution.ts[-1].detach()
+            if solution.control.per_sample and solution.events:
+                end = solution.t_end  # not after its terminal event
             return (start + u * (end - start)).expand(batch)
         steps = solution.steps
         counts = steps.mask.sum(dim=0)

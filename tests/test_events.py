@@ -8,6 +8,7 @@ from helpers import ADAPTIVE, ADJOINTS, CONTROLS, close, refused
 from torch import nn
 
 import neuralde as nde
+import regularizers as reg
 
 ACCURATE = [name for name in ADAPTIVE if nde.solvers.get(name).order >= 3]
 NAN = float("nan")
@@ -651,3 +652,101 @@ def test_an_ended_sample_is_left_where_it_is(solver, adjoint):
     )
     assert len(set(seen)) > 15 and len(set(seen[-40:])) == 1
     close(solution.final[:, 0], torch.exp(end.clamp(max=4.0)), 1e-4)
+
+
+# -- what must not pass in silence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [lambda x: x.detach(), torch.sign, lambda x: x**3], ids=["detach", "sign", "cubic"])
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_a_condition_without_a_derivative_has_a_time_but_no_gradient(hidden, adjoint):
+    z0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    event = nde.Event(lambda t, z: hidden(z[:, 0] - 0.5))
+    solution = nde.solve(nde.ODE(lambda t, z: -z), z0, (0.0, 3.0), events=event, adjoint=adjoint, rtol=1e-8, atol=1e-8)
+    (found,) = solution.events
+    torch.testing.assert_close(found.t.detach(), torch.full_like(found.t, math.log(2.0)), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(solution.final.detach(), torch.full_like(z0, 0.5), rtol=1e-6, atol=0.0)
+    with refused(nde.NeuralDEError, "event 0", "no gradient"):
+        found.t.sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_second_derivatives_of_events_are_refused(adjoint):
+    z0 = torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)
+    event = nde.Event(lambda t, z: z[:, 0] - 0.5)
+    solution = nde.solve(nde.ODE(lambda t, z: -(z**2)), z0, (0.0, 3.0), events=event, adjoint=adjoint)
+    (slope,) = torch.autograd.grad(solution.events[0].t.sum(), z0, create_graph=True)
+    assert float(slope.detach()) == pytest.approx(0.25, rel=1e-3)
+    with refused(nde.NeuralDEError, "first derivatives only"):
+        torch.autograd.grad(slope.sum(), z0)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_condition_that_is_not_a_number_is_an_error(control):
+    event = nde.Event(lambda t, z: torch.where(z[:, 0] < 0.7, float("nan"), 1.0))
+    with refused(ValueError, "event 0", "NaN", "t ="):
+        nde.solve(nde.ODE(lambda t, z: -z), torch.ones(2, 1), (0.0, 3.0), events=event, control=control)
+
+
+@pytest.mark.parametrize("solver", ["tsit5", "vcab3", "rodas5p"])
+def test_under_joint_control_an_ended_sample_stands_still(solver):
+    """z' = a z² is infinite at t = 1 for the sample that ended at t = 0.5."""
+    rate = torch.tensor([[1.0], [0.1]], dtype=torch.float64)
+    gradients = []
+    for adjoint in ADJOINTS:
+        z0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+        solution = nde.solve(
+            nde.ODE(lambda t, z: rate * z**2),
+            z0,
+            torch.tensor([0.0, 0.3, 2.0, 30.0], dtype=torch.float64),
+            control="joint",
+            solver=solver,
+            adjoint=adjoint,
+            rtol=1e-7,
+            atol=1e-9,
+            events=nde.Event(lambda t, z: z[:, 0] - 2.0),
+        )
+        times = solution.events[0].t
+        torch.testing.assert_close(times.detach(), torch.tensor([[0.5, 5.0]]).double(), rtol=1e-6, atol=0.0)
+        for held in (solution.zs[2, 0], solution(1.0)[0]):
+            assert float(held.detach()) == pytest.approx(2.0)
+        again = nde.introspection.replay(solution)
+        torch.testing.assert_close(again.error, solution.error, rtol=1e-9, atol=0.0)
+        loss = times.sum() + solution.zs.sum() + solution.error.sum()
+        gradients.append(torch.autograd.grad(loss, z0)[0])
+    close(gradients[0], gradients[1], 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("direction", [0, -1])
+def test_going_on_from_an_event_does_not_find_it_again(dtype, direction):
+    """A bouncing ball, restarted where it was found, whichever side of the ground rounding left it on."""
+    fall = nde.ODE(lambda t, z: torch.stack([z[:, 1], torch.full_like(z[:, 1], -9.81)], dim=1))
+    z, t = torch.tensor([[1.0, 0.0], [2.0, 0.0]], dtype=dtype), torch.zeros(2, dtype=dtype)
+    first = (2.0 * z[:, 0] / 9.81).sqrt()
+    event = nde.Event(lambda t, z: z[:, 0], direction=direction)
+    for bounce in range(6):
+        solution = nde.solve(fall, z, (t, 100.0), events=event)
+        t, z = solution.events[0].t[0], solution.final * torch.tensor([1.0, -0.7], dtype=dtype)
+        expected = first * (1.0 + 2.0 * sum(0.7**k for k in range(1, bounce + 1)))
+        torch.testing.assert_close(t, expected, rtol=1e-4 if dtype is torch.float32 else 1e-10, atol=0.0)
+
+
+def test_no_events_are_none():
+    assert nde.solve(nde.ODE(lambda t, z: -z), torch.ones(1, 1), (0.0, 1.0), events=[]).events == []
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_end_of_every_sample(control):
+    z0 = torch.tensor([[1.0], [0.2]], dtype=torch.float64)
+    event = nde.Event(lambda t, z: z[:, 0] - 0.5)
+    solution = nde.solve(nde.ODE(lambda t, z: -z), z0, (0.0, 3.0), events=event, control=control, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(solution.t_end, double(math.log(2.0), 3.0), rtol=1e-6, atol=0.0)
+
+
+def test_a_local_penalty_looks_at_no_time_after_the_end():
+    z0 = torch.tensor([[1.0], [0.2]], dtype=torch.float64)
+    event = nde.Event(lambda t, z: z[:, 0] - 0.5)
+    solution = nde.solve(nde.ODE(lambda t, z: -z), z0, (0.0, 3.0), events=event)
+    drawn = torch.stack([reg.LocalError().sample(solution) for _ in range(50)])
+    assert drawn[:, 0].max() <= math.log(2.0) + 1e-3 < 2.0 < drawn[:, 1].max()

@@ -352,3 +352,24 @@ def test_an_observer_with_some_of_the_methods():
     solution = nde.solve(nde.ODE(circle), z0, (0.0, 5.0), observer=observer, dt0=2.0)
     assert observer.count == int(solution.stats.accepted.sum()) and int(solution.stats.rejected.sum()) > 0
     assert bool(nde.solve(nde.ODE(circle), z0, (0.0, 1.0), observer=object()).converged.all())
+
+
+@pytest.mark.parametrize("solver", [name for name, s in nde.solvers.SOLVERS.items() if s.linearizes])
+def test_jump_times_cost_a_method_with_a_jacobian_nothing(solver):
+    """The derivative of f by t is the same whether or not a stage could be moved off a jump."""
+    equation, z0 = nde.ODE(lambda t, z: torch.cos(t) * z), torch.ones(1, 1, dtype=torch.float64)
+    how = {"solver": solver, "rtol": 1e-5 if nde.solvers.get(solver).order > 1 else 1e-2, "atol": 1e-8}
+    plain = nde.solve(equation, z0, (0.0, 4.0), **how)
+    beyond = nde.solve(equation, z0, (0.0, 4.0), jump_times=[100.0], **how)
+    assert torch.equal(plain.final, beyond.final) and torch.equal(plain.stats.nfe, beyond.stats.nfe)
+    inside = nde.solve(equation, z0, (0.0, 4.0), jump_times=[1.3], **how)
+    assert int(inside.stats.accepted) < 1.3 * int(plain.stats.accepted) + 10
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_times_at_a_jump_have_the_derivative_of_their_own_side(adjoint):
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    for jump in (0.0, 1.0):
+        after = nde.ODE(lambda t, z, jump=jump: torch.where(t > jump if jump == 0.0 else t < jump, 2.0, 5.0) + 0.0 * z)
+        final = nde.solve(after, torch.zeros(1, 1).double(), t, jump_times=[jump], adjoint=adjoint).final
+        torch.testing.assert_close(torch.autograd.grad(final.sum(), t)[0], torch.tensor([-2.0, 2.0]).double())

@@ -21,6 +21,11 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+LOW_ORDER = pytest.mark.xfail(
+    strict=True, reason="the global error falls as tolerance^(2/3) (rosenbrock23: 29 and 14 tolerances) or ^(1/2)"
+)
+
+
 # -- published problems ----------------------------------------------------------------------------------------------
 
 
@@ -44,6 +49,9 @@ def accurate(z, reference, rtol, atol):
         ("rodas5p", 1e-8, 1e-22),
         ("auto", 1e-4, 1e-18),
         ("auto", 1e-6, 1e-18),
+        ("auto", 1e-8, 1e-20),
+        pytest.param("rosenbrock23", 1e-6, 1e-20, marks=LOW_ORDER),
+        pytest.param("implicit_euler", 1e-4, 1e-18, marks=LOW_ORDER),
     ],
 )
 def test_robertson_to_ten_to_the_eleven(solver, rtol, atol):
@@ -56,7 +64,14 @@ def test_robertson_to_ten_to_the_eleven(solver, rtol, atol):
 
 @pytest.mark.parametrize(
     ("solver", "tolerance"),
-    [("rosenbrock23", 1e-4), ("rodas5p", 1e-4), ("rodas5p", 1e-6), ("auto", 1e-4), ("auto", 1e-6)],
+    [
+        pytest.param("rosenbrock23", 1e-6, marks=LOW_ORDER),
+        ("rosenbrock23", 1e-4),
+        ("rodas5p", 1e-4),
+        ("rodas5p", 1e-6),
+        ("auto", 1e-4),
+        ("auto", 1e-6),
+    ],
 )
 def test_van_der_pol(solver, tolerance):
     """Reference: the same test set, problem VDPOL, in its own scaling and in that of μ = 1000 on [0, 2000]."""
@@ -79,7 +94,7 @@ def test_van_der_pol(solver, tolerance):
     ("f", "start", "end"), [(robertson, [1.0, 0.0, 0.0], 1e11), (van_der_pol(1e3), [2.0, 0.0], 2e3)]
 )
 def test_the_explicit_run_fails_and_names_stiffness_and_the_solver(f, start, end, control):
-    with refused(nde.MaxStepsReached, "stiff for this solver", "stable up to 3.51", "'auto'", "'rodas5p'") as caught:
+    with refused(nde.MaxStepsReached, "stiff for solver 'tsit5'", "stable up to 3.51", "'auto'", "'rodas5p'") as caught:
         nde.solve(nde.ODE(f), double(start), (0.0, end), rtol=1e-4, atol=1e-6, control=control, max_steps=1000)
     assert caught.value.stiffness[0] * caught.value.dt[0] == pytest.approx(3.5, rel=0.5)
 
@@ -407,3 +422,14 @@ def test_an_f_that_hides_its_dependence_on_z_is_refused(solver):
     # A constant one is not.
     steady = nde.solve(nde.ODE(lambda t, z: weight.expand(2, 2)), torch.zeros(2, 2).double(), (0.0, 1.0), solver=solver)
     torch.testing.assert_close(steady.final, torch.ones(2, 2).double())
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_probe_steps_with_the_method_that_the_sample_used(control):
+    rate = double([1.0], [5000.0], [3000.0], [2.0])
+    equation = nde.ODE(lambda t, z: -rate * (z - torch.cos(t)))
+    solution = nde.solve(equation, double([1.0]).expand(4, 1), (0.0, 2.0), solver="auto", control=control, rtol=1e-5)
+    probe = nde.introspection.probe_solution(solution, torch.full((4,), 1.5).double())
+    assert float(probe.error.max()) < 0.1  # tsit5's step would be unstable, and its error hundreds of tolerances
+    expected = rate[:, 0] if control == "per_sample" else rate.max().expand(4)
+    torch.testing.assert_close(probe.stiffness, expected, rtol=1e-6, atol=0.0)

@@ -164,7 +164,7 @@ def _backward(run: _Run, z0: Tensor, tensors: list[Tensor], cotangents) -> list[
             weights.append(interior[at])
         if step.slope is not None:
             values.append(step.slope)
-            weights.append(history.cotangents[j])
+            weights.append(history.cotangents.pop(j, torch.zeros_like(step.slope)))
         # f may be constant: then nothing of the step but z itself carries a gradient.
         pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v.requires_grad]
         slopes = [] if past is None else [past.slopes]
@@ -195,7 +195,7 @@ class _History:
 
     def __init__(self, problem: Problem, grid: Grid):
         self.problem, self.grid, self.depth = problem, grid, problem.solver.history
-        self.cotangents = [torch.zeros_like(z) for z in grid.z] if self.depth else []
+        self.cotangents: dict[int, Tensor] = {}
 
     def leaves(self, j: int) -> Past | None:
         """What step j builds on, as ends of its graph."""
@@ -205,7 +205,8 @@ class _History:
     def collect(self, j: int, gradient: Tensor | None):
         """Adds what step j hands back to the steps before it."""
         for back, part in enumerate(() if gradient is None else gradient, start=1):
-            where, total = self.grid.before(j, back), self.cotangents[j - back]
+            where = self.grid.before(j, back)
+            total = self.cotangents.setdefault(j - back, torch.zeros_like(self.grid.z[j - back]))
             if where is None:
                 total += part
             else:

@@ -160,6 +160,8 @@ def _solve(case: Case, rtol, atol, method, options, event_fn, adjoint: str):
     rtol, atol = case.tolerance("rtol", rtol), case.tolerance("atol", atol)
     if event_fn is not None and method == "scipy_solver":
         raise ValueError("event_fn needs another method than 'scipy_solver', such as 'dopri5'")
+    if event_fn is not None and len(case.t) != 2:
+        raise ValueError(f"t must hold two times with event_fn, the start and one in its direction, got {len(case.t)}")
     if len(case.t) == 1:
         return case.form.outputs(case.form.enclose(case.form.enclose(case.y0)))
     if method == "scipy_solver":

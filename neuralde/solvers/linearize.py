@@ -45,11 +45,13 @@ def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linear
     """
     taped = torch.is_grad_enabled()
     inference = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.enable_grad(), Ordinary() if inference else contextlib.nullcontext():
+    with ordinary(), torch.inference_mode(False), torch.enable_grad():
         # Ends of their own: f may depend on z in other ways, through tensors that it closes over.
         outside = taped and z.requires_grad
         z = z.view_as(z) if outside else (z.clone() if inference else z.detach()).requires_grad_()
         t = t.detach().clone().requires_grad_(rate)
+        if rate and outside:
+            t = _Behind.apply(t, z)
         value = f(f.times(t)[0], z)
         eps, value = torch.finfo(value.dtype).eps, value.to(z.dtype)
         taped = taped and (outside or _reaches_others(value, (z, t)))
@@ -64,6 +66,22 @@ def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linear
             slope = slopes[0].T if own else _shared_rate(value, t, taped, eps)
     found = value, jacobian.movedim(0, 1), slope
     return Linearization(*(x if taped or x is None else x.detach() for x in found), eps)
+
+
+class _Behind(torch.autograd.Function):
+    """t, made after z in autograd's order.
+
+    Autograd looks for the inputs of a derivative among all nodes that are as young as the oldest of them: with a leaf
+    among them, at every step, through the whole solve before it.
+    """
+
+    @staticmethod
+    def forward(ctx, t: Tensor, z: Tensor) -> Tensor:
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 def _reaches_others(value: Tensor, own: tuple[Tensor, ...]) -> bool:
@@ -147,7 +165,12 @@ def _shared_rate(value: Tensor, t: Tensor, taped: bool, eps: float) -> Tensor:
     return _filled(_products(value, [t], every, taped), [t], len(every))[0].view(value.shape)
 
 
-class Ordinary(TorchFunctionMode):
+def ordinary():
+    """A context for autograd inside of inference mode; to be made while that is on."""
+    return _Ordinary() if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+class _Ordinary(TorchFunctionMode):
     """Clones the inference tensors that enter a computation: autograd can't keep them."""
 
     def __init__(self):

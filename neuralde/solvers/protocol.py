@@ -73,7 +73,15 @@ class TorchdynProtocol:
         slope = None if k1 is None else k1.reshape(1, -1)
         memory = self.memory(z, taped=torch.is_grad_enabled())
         field = _Flat(f, x.shape, now.shape)
-        result = self.attempt(field, now.reshape(1), size, z, slope, memory, self.adaptive, self.adaptive)
+        try:
+            result = self.attempt(field, now.reshape(1), size, z, slope, memory, self.adaptive, self.adaptive)
+        except RuntimeError as error:
+            if not self.linearizes:
+                raise
+            raise TypeError(
+                f"solver {self.name!r} needs the Jacobian of what torchdyn steps, which its sensitivities 'adjoint' "
+                "and 'interpolated_adjoint' don't let it take; use sensitivity='autograd', or neuralde.NeuralODE"
+            ) from error
         if not self.adaptive:
             return None, result.z.view(x.shape), None
         # torchdyn's next step wants the slope here, also from a method that has no use for it.
