@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Solver, Step, VectorField
+from .hermite import hermite
 
 _PROTOCOL = ("step", "order", "stepping_class", "sync_device_dtype")
 
@@ -97,23 +98,11 @@ class Foreign(Solver):
     def snapshot(self, stages: _Stages) -> Tensor:
         """See `Solver.snapshot`: the values and the increments at both ends."""
         dt = stages.dt[:, None].to(stages.z.real.dtype)
-        return torch.stack([stages.z, dt * stages.slope, stages.z_end, dt * stages.slope_end])
+        return torch.stack([stages.z, stages.z_end, dt * stages.slope, dt * stages.slope_end])
 
     def interpolate(self, snapshot: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
         """See `Solver.interpolate`: cubic Hermite interpolation."""
-        rest = 1 - theta
-        weights = torch.stack(
-            [
-                rest**2 * (1 + 2 * theta),
-                rest**2 * theta,
-                theta**2 * (3 - 2 * theta),
-                -(theta**2) * rest,
-            ],
-            dim=-1,
-        ).to(snapshot.dtype)
-        if rows is None:
-            return torch.einsum("ps,sbf->pbf", weights, snapshot)
-        return torch.einsum("ps,spf->pf", weights, snapshot[:, rows])
+        return hermite(snapshot, theta, rows)
 
 
 class _Shaped:

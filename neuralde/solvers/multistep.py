@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..algebra import Algebra, Figure
 from .base import Past, Solver, Step, VectorField
+from .hermite import hermite
 from .switching import Switching
 
 
@@ -81,12 +82,7 @@ class AdamsBashforth3(Solver):
 
     def interpolate(self, snapshot: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
         """See `Solver.interpolate`: cubic Hermite."""
-        rest = 1 - theta
-        top = theta * theta * (3 - 2 * theta)
-        weights = torch.stack([1 - top, top, theta * rest * rest, -theta * theta * rest], dim=1).to(snapshot.dtype)
-        if rows is None:
-            return torch.einsum("ps,sbf->pbf", weights, snapshot)
-        return torch.einsum("ps,spf->pf", weights, snapshot[:, rows])
+        return hermite(snapshot, theta, rows)
 
 
 class VCAB3(Switching):
