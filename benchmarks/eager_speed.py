@@ -117,6 +117,7 @@ def measure(work: Workload, rounds: int) -> tuple[list[dict], list[str]]:
 
 
 def main():
+    """Measures, prints a table and writes it to results/."""
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=25, help="measurements of every contender, at least 7")
     options.add_argument("--workloads", nargs="+", choices=("S", "M"), default=("S", "M"))

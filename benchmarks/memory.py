@@ -88,6 +88,7 @@ def apart(*arguments) -> int:
 
 
 def main():
+    """Measures, prints a table and writes it to results/."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--steps", type=int, nargs="+", default=[20, 100, 500])
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

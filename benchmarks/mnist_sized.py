@@ -147,6 +147,7 @@ def run(network: str, digits: Digits, given: argparse.Namespace) -> list[dict]:
 
 
 def main():
+    """Measures, prints a table and writes it to results/."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--data", type=Path, help="folder with the four MNIST idx .gz files; random values without it")
     options.add_argument("--train", type=int, default=0, metavar="STEPS", help="optimizer steps before the second row")

@@ -163,6 +163,7 @@ def draw(path: Path):
 
 
 def main():
+    """Measures, prints a table and writes it to results/."""
     given = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     for problem in PROBLEMS:  # nothing is timed that happens once

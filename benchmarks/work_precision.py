@@ -128,6 +128,7 @@ def draw(rows: list[dict], path: Path):
 
 
 def main():
+    """Measures, prints a table and writes it to results/."""
     options = parser(__doc__)
     options.add_argument("--quick", action="store_true", help="the tolerances of the table alone")
     given = options.parse_args()
