@@ -128,7 +128,10 @@ def failure(status, t, dt, error, stiffness, joint: bool, solver: str, stability
     return _TYPES[kinds[0]](message, failed, *columns)
 
 
-_BUDGET = "the step budget ran out before the end of the horizon"
+_BUDGET = (
+    "the step budget ran out before the end of the horizon. Or make f less stiff (regularizers.GlobalStiffness), or "
+    "raise max_steps"
+)
 
 
 def _stiff(columns: list[list[float]], solver: str, stability_size: float | None) -> str:
