@@ -18,7 +18,7 @@ def slope(sizes, errors):
 
 def step_counts(order):
     """Where the method converges at its asymptotic rate and has not reached rounding."""
-    return {1: (400, 800, 1600), 5: (240, 320, 400), 8: (16, 20, 25, 31)}.get(order, (80, 160, 320))
+    return {1: (200, 400, 800), 5: (240, 320, 400), 8: (16, 20, 25, 31)}.get(order, (80, 160, 320))
 
 
 def local_sizes(order):
