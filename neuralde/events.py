@@ -124,24 +124,31 @@ class Watch:
         self._everyone = t, z = t.expand(len(z)).clone(), z.detach().clone()
         signs = []
         for i in range(len(self.events)):
-            value, by_t, by_z = self.derivatives(i, None, t, z)
+            value, rate, by_z = self.derivatives(i, None, t, z, slope.detach())
             self._refuse_nan(i, value, t)
-            rate = by_t + (by_z.conj() * slope.detach()).real.sum(dim=1).to(t.dtype)
             reach = rate.abs() * t.abs() + (by_z.abs() * z.abs()).sum(dim=1).to(t.dtype)
             near = value.abs() <= _ON_ZERO * torch.finfo(t.dtype).eps * reach
             signs.append(torch.sign(torch.where(near, rate.to(value.dtype), value)))
         return torch.stack(signs)
 
-    def derivatives(self, i: int, rows: Tensor | None, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A condition and its derivatives: ([samples], by t, [samples], by z, [samples, features]); constants."""
+    def derivatives(self, i: int, rows: Tensor | None, t: Tensor, z: Tensor, speed: Tensor):
+        """A condition and its derivatives; constants.
+
+        Args:
+            speed: dz/dt, [samples, features]. The others are `values`'.
+
+        Returns:
+            Its value, [samples]; how fast it changes along the solution, [samples]; its derivative by z,
+            [samples, features].
+        """
         with ordinary(), torch.inference_mode(False), torch.enable_grad():
             t, z = t.detach().clone().requires_grad_(), z.detach().clone().requires_grad_()
             value = self.values(rows, t, z, only=i)
             by_t = by_z = None
             if value.requires_grad:
                 by_t, by_z = torch.autograd.grad(value.sum(), (t, z), allow_unused=True)
-        by_t = torch.zeros_like(t) if by_t is None else by_t
-        return value.detach(), by_t, torch.zeros_like(z) if by_z is None else by_z
+        by_t, by_z = (torch.zeros_like(x) if g is None else g for x, g in ((t, by_t), (z, by_z)))
+        return value.detach(), by_t + (by_z.conj() * speed).real.sum(dim=1).to(t.dtype), by_z
 
     def require_numbers(self, values: Tensor, ok: Tensor, t: Tensor):
         """Raises ValueError if a condition is not a number at the end of an accepted step."""
@@ -181,7 +188,7 @@ class Watch:
         value = self.events[i].condition(time, self.layout.unpack(z), *args)
         if not isinstance(value, Tensor):
             raise TypeError(f"condition of event {i} must return a tensor, got {type(value).__name__}")
-        if value.shape not in ((len(z),), (len(z), 1)) and value.numel() != len(z):
+        if value.numel() != len(z):
             raise ValueError(
                 f"condition of event {i} must return one number per sample, [{len(z)}], got {tuple(value.shape)}"
             )
@@ -276,8 +283,7 @@ def gather(watch: Watch, hits: Hits, z: Tensor) -> tuple[Tensor, Tensor]:
 def _newton(watch: Watch, event: int, rows: Tensor, t: Tensor, z: Tensor, speed: Tensor) -> Tensor:
     """How far the zero moves, [samples]: zero in value, with a gradient."""
     value = watch.values(rows, t, z, only=event).to(t.dtype)
-    _, by_t, by_z = watch.derivatives(event, rows, t, z)
-    rate = by_t + (by_z.conj() * speed).real.sum(dim=1).to(t.dtype)
+    _, rate, _ = watch.derivatives(event, rows, t, z, speed)
     return _Moved.apply(value, z, rate, event)
 
 

@@ -101,10 +101,7 @@ class Lane:
             joined[name] = torch.cat([value, more], dim=int(name in _WIDE)) if both else value
         joined["latest"] = None, torch.cat([self.latest[1], other.latest[1]])
         whole, order = Lane(**joined), torch.argsort(joined["rows"])
-        rows = whole.rows.index_select(0, order)
-        whole = whole.keep(order)
-        whole.rows = rows
-        return whole
+        return whole.keep(order)
 
     def tensors(self, like: Tensor) -> Lane:
         """The same with every figure a tensor. like: of the dtype and device of times."""
