@@ -2,6 +2,7 @@
 
 A batch under joint control is one group. Its figures are Python numbers, which cost no kernels; those of many groups
 are tensors [groups]. The loop and the controller are written once, in the operations that this file has for both.
+Inside of torch.func's transforms, figures are made plain where they are read, and only there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from . import transforms
 
 Figure = float | int | bool | Tensor
 
@@ -138,10 +141,20 @@ class _Tensors:
         return x.nan_to_num(nan=math.inf)
 
 
-NUMBERS: Algebra = _Numbers()
-TENSORS: Algebra = _Tensors()
+class _SharedNumbers(_Numbers):
+    @staticmethod
+    def read(x):
+        return transforms.worst(x).item()
+
+
+class _SharedTensors(_Tensors):
+    read = staticmethod(transforms.worst)
+
+
+_PLAIN: tuple[Algebra, Algebra] = _Tensors(), _Numbers()
+_SHARED: tuple[Algebra, Algebra] = _SharedTensors(), _SharedNumbers()
 
 
 def of(joint: bool) -> Algebra:
-    """The algebra of one group (joint control) or of many."""
-    return NUMBERS if joint else TENSORS
+    """The algebra of one group (joint control) or of many, as what is around the solve wants it."""
+    return (_SHARED if transforms.active() else _PLAIN)[joint]

@@ -18,6 +18,7 @@ from .algebra import Figure
 from .errors import Status
 from .events import Hits, slope_inside
 from .grid import Record
+from .held import Held
 from .lane import Lane, Tools
 from .problem import Problem
 from .solvers import Past, Step
@@ -50,12 +51,13 @@ class _Discovery:
     def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, taped: bool):
         self.problem, self.taped, self.z0 = problem, taped, z0
         self.solver, self.control, self.watch = problem.solver, problem.control, problem.watch
-        self.close = problem.interior is not None or problem.keep_stages or problem.watch is not None
+        self.close = problem.keep_stages or any(x is not None for x in (problem.interior, problem.watch, problem.tally))
         self.switching = len(self.solver.parts) > 1
         self.bounded = problem.dt_min is not None or problem.dt_max is not None
         self.records: list[Record] = []
         self.parts: list[Lane] = []  # lanes whose samples left the batch
         self.outputs: list[tuple[Tensor, Tensor | None, Tensor]] = []  # (point, sample, value)
+        self.held = None if problem.keep is None else Held(problem.keep, self.solver.history, len(z0))
         self.hits: list[tuple[Tensor, ...]] = []  # (event, sample, step, theta, t, z, speed, terminal)
         self.like = problem.start
         self.eps = 4 * torch.finfo(self.like.dtype).eps  # below this step size s + h is s
@@ -70,9 +72,9 @@ class _Discovery:
         backward = t1 < t
         direction = m.where(backward, m.full(-1.0, t), m.full(1.0, t)) if m.count(backward) else None
         s, s1 = (t, t1) if direction is None else (t * direction, t1 * direction)
-        count = m.full(0, t) if m is algebra.NUMBERS else torch.zeros_like(t, dtype=torch.int64)
+        count = torch.zeros_like(t, dtype=torch.int64) if isinstance(t, Tensor) else 0
         if p.dt0 is not None:
-            h = m.full(p.dt0, t)
+            h = m.read(p.dt0) if isinstance(p.dt0, Tensor) else m.full(p.dt0, t)
         else:
             with torch.no_grad():
                 order = self.solver.parts[0].order
@@ -124,7 +126,7 @@ class _Discovery:
             solver=solver,
             f=p.field.on(lane.rows),
             memory=solver.memory(lane.z, self.taped),
-            judge=_control.Judge(lane.z.detach(), solver, p.norm.on(lane.rows), self.switching),
+            judge=_control.judge(lane.z.detach(), solver, p.norm.on(lane.rows), self.switching),
             exponents=self.control.exponents(solver.order, solver.exponents),
             since=self.attempts,
         )
@@ -193,6 +195,8 @@ class _Discovery:
             if lane.interior is not None:
                 self._collect(lane, h, s_end, ok, step)
             ended = None if self.watch is None else self._detect(lane, t, dt, s_end, ok, step)
+            if self.problem.tally is not None:
+                self.problem.tally.add(lane.rows, t, dt, m.tensor(ok, t), tools.solver, step.stages, lane.z)
             self._advance(lane, dt, step, s_end, ok, everyone)
             if ended is not None:
                 finished = finished | self._end(lane, ended)
@@ -327,10 +331,14 @@ class _Discovery:
         return self._step(replace(lane, z=z, slope=slope), t, dt, lane.s + dt.abs())
 
     def _record(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, everyone: bool, step, figures):
+        if not self.problem.recorded:
+            return
         snapshot = None
         if self.problem.keep_stages:
             snapshot = lane.tools.solver.snapshot(step.stages).detach().clone()
-        history = self.solver.history and not self.taped
+        history = self.solver.history and not self.taped and self.held is None
+        if self.held is not None:
+            self.held.add(lane.accepted, lane.rows, ok, lane.z)
         self.records.append(
             Record(
                 part=lane.part,
@@ -339,7 +347,7 @@ class _Discovery:
                 t=t,
                 dt=dt,
                 t_end=lane.signed(s_end),
-                z=lane.z,
+                z=lane.z if self.held is None else None,
                 slope=lane.slope if history else None,
                 figures=figures,
                 lens=step._replace(slope_end=None, stages=None) if self.taped else None,
@@ -382,11 +390,18 @@ class _Discovery:
         passed = (lane.stops <= s).sum(dim=0, keepdim=True).clamp_(max=len(lane.stops) - 1)
         # Samples that failed or ended at an event have no next stop.
         lane.stop = m.minimum(m.read(lane.stops.gather(0, passed)[0]), lane.s1)
-        if p.jumps is None or not m.count(arrived & m.invert(done)):
+        going = arrived & m.invert(done)
+        if (p.jumps is None and p.impulses is None) or not m.count(going):
             return done
         t = m.tensor(lane.signed(lane.s), self.like)
-        jumps = p.jumps if lane.rows is None or p.joint else p.jumps.index_select(1, lane.rows)
-        jumped = m.read((jumps == t).any(dim=0)) & arrived & m.invert(done)
+        jumped = m.full(False, going)
+        if p.jumps is not None:
+            jumps = p.jumps if lane.rows is None or p.joint else p.jumps.index_select(1, lane.rows)
+            jumped = m.read((jumps == t).any(dim=0)) & going
+        if p.impulses is not None:
+            lane.z, struck = p.impulses.apply(lane.z, t, lane.rows, m.tensor(going, t))
+            lane.tools.judge.advance(False)  # it remembers |z| before the impulse
+            jumped = jumped | m.read(struck)
         if m.count(jumped):
             if lane.slope is not None:
                 f = p.f(lane.rows, t, m.tensor(lane.signed(lane.stop), t))
@@ -555,7 +570,9 @@ class _Discovery:
         parts = [part.tensors(self.like) for part in self.parts]
         hits = self._hits()
         interior = self._interior(len(self.z0), hits)
-        return Trajectory(self.problem, self.z0, parts, self.records, interior, extra, hits)
+        if self.held is not None:
+            self.held.finish()
+        return Trajectory(self.problem, self.z0, parts, self.records, interior, extra, hits, self.held)
 
     def _hits(self) -> Hits | None:
         """The occurrences of all events, by event and then by time."""

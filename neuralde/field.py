@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
-import inspect
+import sys
 import types
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from . import transforms
 from .equations import ODE
 from .state import Layout
 
@@ -140,7 +142,8 @@ class Field:
         if _differ(other[:-1], slope[:-1], 64 * torch.finfo(self.layout.dtype).eps):
             found = "f gives a sample another derivative when another sample changes"
             raise ValueError(mixing_message(found, self._linearized))
-        if not torch.equal(other[-1], slope[-1]):  # an f that answers to nothing has not shown its independence
+        unchanged = transforms.physical(other[-1] == slope[-1])
+        if not bool(unchanged.all()):  # an f that answers to nothing has not shown its independence
             _remember_independent(self.equation.f, self.joint)
 
     def linearized(self, t: Tensor, z: Tensor, slope: Tensor) -> Field:
@@ -340,19 +343,39 @@ def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Te
 
     The third result has the ids of those that were seen in use.
 
-    What f uses is watched during the evaluation; what it may use at other times is found by inspection: a Module's
-    parameters, and the tensors and Modules that a function closes over, is bound to, or names as globals.
+    What f uses is watched during the evaluation; what it may use at other times is found by inspection: see `_reach`.
     """
     watch = _Watch()
     with torch.enable_grad(), watch:
         slope = field.first(t, z, t_other)
-    found = {id(x): x for x in [*watch.foreign.values(), *reachable(field.equation.f)]}
+    foreign = watch.outside()
+    found = {id(x): x for x in reachable(field.equation.f) if not (watch.made(x) or _spent(x))}
+    found |= {id(x): x for x in foreign}
     found.pop(id(z), None)
-    return slope.detach(), list(found.values()), set(watch.foreign)
+    return slope.detach(), list(found.values()), {id(x) for x in foreign}
 
 
-def _wrapped(x: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+def _spent(x: Tensor) -> bool:
+    """Whether a backward pass has freed the graph of x, so that another one can't go through it."""
+    seen, todo = set(), [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        try:
+            for name in _saved(type(node)):
+                getattr(node, name)
+        except RuntimeError:  # what it had saved is gone
+            return True
+        todo.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+@functools.cache
+def _saved(kind: type) -> list[str]:
+    """Where a kind of node of autograd's graph shows the tensors that it saved."""
+    return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
 
 
 class _Watch(TorchFunctionMode):
@@ -362,17 +385,32 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.foreign: dict[int, Tensor] = {}
         self._made: dict[int, Tensor] = {}  # keeps the tensors alive, so that ids stay unique
+        with torch.enable_grad():  # autograd numbers its nodes as they are made
+            self._since = torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves((args, kwargs)):
             # Inside of torch.func transforms of f, only what is not wrapped by them comes from outside.
-            if isinstance(leaf, Tensor) and not _wrapped(leaf) and leaf.requires_grad and id(leaf) not in self._made:
+            if (
+                isinstance(leaf, Tensor)
+                and not transforms.wrapped(leaf)
+                and leaf.requires_grad
+                and id(leaf) not in self._made
+            ):
                 self.foreign[id(leaf)] = leaf
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf) not in self.foreign:
                 self._made[id(leaf)] = leaf
         return out
+
+    def made(self, x: Tensor) -> bool:
+        """Whether a tensor was made during the computation."""
+        return id(x) in self._made
+
+    def outside(self) -> list[Tensor]:
+        """The foreign tensors, without what was made inside unseen: by transforms of torch.func, or a scripted f."""
+        return [x for x in self.foreign.values() if x.is_leaf or x.grad_fn._sequence_nr() < self._since]
 
 
 class Substitute(TorchFunctionMode):
@@ -394,47 +432,145 @@ class Substitute(TorchFunctionMode):
         return func(*pytree.tree_map(swap, args), **pytree.tree_map(swap, kwargs or {}))
 
 
+class Restricted:
+    """An f whose gradients reach only some of the tensors that it uses.
+
+    Args:
+        f: the vector field. wanted: the tensors, beside those that it is called with.
+    """
+
+    def __init__(self, f, wanted: Sequence[Tensor]):
+        self.f, self.wanted = f, list(wanted)
+
+    def __call__(self, *arguments):
+        """What f returns."""
+        with _Only([*self.wanted, *pytree.tree_leaves(arguments)]):
+            return self.f(*arguments)
+
+
+class _Only(TorchFunctionMode):
+    """Cuts the gradient of every tensor that comes from outside, but of those named."""
+
+    def __init__(self, allowed: list[Tensor]):
+        super().__init__()
+        self._inside = {id(x): x for x in allowed}  # keeps what is made alive, so that ids stay unique
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def cut(leaf):
+            inside = not isinstance(leaf, Tensor) or id(leaf) in self._inside
+            return leaf if inside or not leaf.requires_grad else leaf.detach()
+
+        with torch._C.DisableTorchFunction():  # whoever watches what f uses must not see this use
+            args, kwargs = pytree.tree_map(cut, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        self._inside.update((id(x), x) for x in pytree.tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
 def reachable(f) -> list[Tensor]:
     """Tensors wanting gradients that f can get at, without running it."""
-    found = _find(f, Tensor)
-    for root in _find(f, nn.Module):
-        found.extend(root.parameters())
-        for module in root.modules():
-            # Tensors that are no parameters. Computed ones may be left over from an earlier call; those in use are
-            # seen during the evaluation.
-            plain = [v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")]
-            found.extend(x for x in pytree.tree_leaves(plain) if isinstance(x, Tensor) and x.is_leaf)
-    return [x for x in found if x.requires_grad]
+    return list({id(x): x for x in _reach(f)[0] if x.requires_grad}.values())
 
 
-def _find(f, kind: type) -> list:
-    """Objects of a kind that f is, closes over, is bound to, or names as globals. Does not look inside of Modules."""
-    found, seen, todo = [], set(), [f]
+def _reach(f) -> tuple[list[Tensor], list[nn.Module]]:
+    """The tensors and the Modules that f is, closes over, is bound to, names as globals, or has in attributes.
+
+    Objects are looked through to any depth, but for types, (Python) modules, and what belongs to torch or to the
+    standard library. Of what the attributes of a Module lead to, only leaves count: computed ones may be left over from
+    an earlier call.
+    """
+    tensors, modules = [], []
+    seen = {}  # what was looked through, and whether computed tensors in it counted; keeps it, so that ids stay unique
+    todo = [(f, True)]
     while todo:
-        x = todo.pop()
-        if id(x) in seen:
+        x, computed = todo.pop()
+        if type(x) in _PLAIN or (id(x) in seen and seen[id(x)][1] >= computed):
             continue
-        seen.add(id(x))
-        if isinstance(x, kind):
-            found.append(x)
-        if isinstance(x, Tensor | nn.Module):
+        if isinstance(x, Restricted):
+            todo.extend((y, True) for y in x.wanted)
             continue
-        if isinstance(x, functools.partial):
-            todo.extend([x.func, *x.args, *x.keywords.values()])
-        elif inspect.ismethod(x):
-            todo.extend([x.__func__, x.__self__])
-        elif isinstance(x, types.FunctionType):
-            todo.extend(cell.cell_contents for cell in x.__closure__ or () if _filled(cell))
-            todo.extend(x.__defaults__ or ())
-            todo.extend((x.__kwdefaults__ or {}).values())
-            named = (x.__globals__.get(name) for name in x.__code__.co_names)
-            todo.extend(v for v in named if isinstance(v, Tensor | nn.Module | types.FunctionType | functools.partial))
-        elif isinstance(x, list | tuple):
-            todo.extend(x)
-        elif isinstance(x, dict):
-            todo.extend(x.values())
-        elif hasattr(x, "__dict__") and not isinstance(x, type | types.ModuleType):
-            todo.extend(v for v in vars(x).values() if isinstance(v, Tensor | nn.Module | list | tuple | dict))
+        if isinstance(x, Tensor):
+            if computed or x.is_leaf:
+                tensors.append(x)
+        elif isinstance(x, nn.Module):
+            if id(x) in seen:
+                continue
+            computed = True
+            modules.append(x)
+            # A functional call lends it computed tensors as parameters.
+            tensors.extend(p for p in x._parameters.values() if p is not None)
+            todo.extend((y, False) for y in _attributes_of_module(x))
+            todo.extend((y, True) for y in x._modules.values())
+        else:
+            todo.extend((y, computed) for y in _contents(x))
+        seen[id(x)] = x, computed
+    return tensors, modules
+
+
+_PLAIN = {int, float, complex, bool, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType}
+_PLAIN |= {torch.dtype, torch.device, torch.Size, range, slice}
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # the attributes that every Module has
+_OPEN = ("types", "argparse", "collections", "functools")  # of the standard library: what configurations are made of
+
+
+def _attributes_of_module(module: nn.Module) -> list:
+    """What a Module has beside parameters and Modules, and what its hooks are."""
+    found = [value for name, value in vars(module).items() if name not in _OF_MODULES and type(value) not in _PLAIN]
+    for more in (module._buffers, module._forward_hooks, module._forward_pre_hooks):
+        if more:
+            found.extend(more.values())
+    return found
+
+
+def _contents(x) -> list:
+    """What a Python object that is neither a tensor nor a Module leads to."""
+    if isinstance(x, types.FunctionType):
+        found = [cell.cell_contents for cell in x.__closure__ or () if _filled(cell)]
+        found += [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values()]
+        if _opaque(x):
+            return found
+        return found + [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
+    if isinstance(x, types.MethodType):
+        return [x.__func__, x.__self__]
+    found = []
+    if isinstance(x, functools.partial):
+        found = [x.func, *x.args, *x.keywords.values()]
+    elif isinstance(x, list | tuple | set | frozenset | collections.deque):
+        found = list(x)
+    elif isinstance(x, dict | types.MappingProxyType):
+        found = list(x.values())
+    kind = type(x)
+    if isinstance(x, type) or _opaque(kind):
+        return found
+    with contextlib.suppress(AttributeError):
+        found.extend(object.__getattribute__(x, "__dict__").values())  # whatever __getattr__ its class may have
+    for cls in kind.__mro__:
+        if "__slots__" in vars(cls):
+            for slot in vars(cls).values():
+                if isinstance(slot, types.MemberDescriptorType):
+                    with contextlib.suppress(AttributeError):
+                        found.append(slot.__get__(x, kind))
+    return found
+
+
+def _opaque(x) -> bool:
+    """Whether a class or function belongs to torch or to the standard library, whose insides hold nothing of f's."""
+    path = getattr(x, "__module__", None)
+    if not isinstance(path, str):
+        return False
+    package = path.partition(".")[0]
+    if package == "torch":
+        return not path.startswith("torch.distributions")
+    return package in sys.stdlib_module_names and package not in _OPEN
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The names that a function, and the functions made inside of it, may look up as globals."""
+    found = [*code.co_names]
+    for x in code.co_consts:
+        if isinstance(x, types.CodeType):
+            found += _names(x)
     return found
 
 
@@ -462,7 +598,7 @@ def _remember_independent(f, joint: bool):
 
 def _modes(f) -> tuple[tuple[type, bool], ...]:
     """The modules that f can reach, and which are in training mode: batch normalization mixes samples only then."""
-    return tuple((type(m), m.training) for module in _find(f, nn.Module) for m in module.modules())
+    return tuple((type(m), m.training) for m in _reach(f)[1])
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -470,7 +606,7 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
     change = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), a - b).abs().amax(dim=1)
     # Sample by sample: beside one with large derivatives, a difference in the others must not look small.
     scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().amax(dim=1)
-    return not bool((change <= tolerance * scale).all())
+    return not bool(transforms.physical(change <= tolerance * scale).all())
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .held import Held
 from .solvers import Step
 
 
@@ -23,7 +27,7 @@ class Record:
         accepted: [n], or None where every sample of the batch was accepted.
         t, dt: [groups].
         t_end: the same, or a number where there is one group.
-        z: [n, features], the state at t. slope: f there, where later steps build on it.
+        z: [n, features], the state at t; slope: f there, where later steps build on it. None where they are not kept.
         figures: of `control.Judge`, [1 to 5, groups], or None where the solver reports nothing.
         lens: on a tape, what error and stiffness can be differentiated from: the step without its stages.
         snapshot: [rows, n, features], the stages, where they are kept.
@@ -35,11 +39,30 @@ class Record:
     t: Tensor
     dt: Tensor
     t_end: Tensor | float
-    z: Tensor
+    z: Tensor | None
     slope: Tensor | None
     figures: Tensor | None
     lens: Step | None = None
     snapshot: Tensor | None = None
+
+
+_PARTS = 8  # in which the states are sorted: so much less than all of them is there twice at a time
+
+
+class Place(NamedTuple):
+    """Where on the grid one step of several samples lies, or of each its own.
+
+    Attributes:
+        rows: the samples, or None for all.
+        t, dt, t_end: [groups].
+        still: which samples stand still, [samples], or None.
+    """
+
+    rows: Tensor | None
+    t: Tensor
+    dt: Tensor
+    t_end: Tensor
+    still: Tensor | None
 
 
 class Grid:
@@ -52,10 +75,13 @@ class Grid:
         parts: per step, pairs (part of the solver, positions in the step of the samples that it steps, None for all).
         counts: accepted steps per sample, [batch].
         ended_in: the step in which an event ended each sample while the batch went on without it, [batch], or None.
+        held: the few states that were kept; None where all are.
     """
 
-    def __init__(self, records: list[Record], batch: int, joint: bool, like: Tensor, times: Tensor):
-        self.batch, self.joint = batch, joint
+    def __init__(
+        self, records: list[Record], batch: int, joint: bool, like: Tensor, times: Tensor, held: Held | None = None
+    ):
+        self.batch, self.joint, self.held = batch, joint, held
         self.ended_in: Tensor | None = None
         self.groups = 1 if joint else batch
         self._time_dtype, device = times.dtype, like.device
@@ -86,10 +112,8 @@ class Grid:
         else:
             self.t_end = self.split(self.gather(ends, times))
         self.parts = self._parts(records)
-        # States are packed when they are first asked for: "direct" has them on its tape and rarely asks.
-        self._unpacked, self._like = [r.z for r in records], like
-        self._flat_z = self._z = None
-        self._slopes = [r.slope for r in records]
+        # States are sorted when they are first asked for: "direct" has them on its tape and rarely asks.
+        self._unsorted, self._like, self._slopes = [r.z for r in records], like[:0], [r.slope for r in records]
 
     def _parts(self, records: list[Record]) -> list[list[tuple[int, Tensor | None]]]:
         used = {r.part for r in records}
@@ -99,7 +123,7 @@ class Grid:
         if self._whole:
             return [[(r.part, None)] for r in records]
         device = self.counts.device
-        part = self.gather([torch.full((r.z.shape[0],), r.part, device=device) for r in records], self.counts)
+        part = self.gather([torch.full((len(r.t),), r.part, device=device) for r in records], self.counts)
         self._part = part
         pieces = []
         for here in self.split(part):
@@ -124,36 +148,106 @@ class Grid:
         """[all accepted, ...] -> one view per step."""
         return list(flat.split(self.sizes)) if self.sizes else []
 
-    @property
-    def flat_z(self) -> Tensor:
-        """All states, [all accepted, features] ([steps·batch, features] under joint control)."""
-        if self._flat_z is None:
-            self._flat_z = self.gather(self._unpacked, self._like)
-            self._unpacked = self._like = None
-        return self._flat_z
+    @functools.cached_property
+    def z(self) -> list[Tensor]:
+        """Per step, [samples, features]: the state at t."""
+        if self.held is not None:
+            raise RuntimeError("the states of this solve were not all kept; neuralde.retrace makes them again")
+        unsorted, self._unsorted = self._unsorted, None
+        return unsorted if self._whole else list(self._sorted(unsorted))
+
+    def _sorted(self, unsorted: list[Tensor]) -> Iterator[Tensor]:
+        """The attempts' states by step and then by sample; an attempt is let go of as its last state is taken."""
+        device = self.counts.device
+        taken = [torch.arange(len(z), device=device) if m is None else m.nonzero().flatten()
+                 for z, m in zip(unsorted, self._masks, strict=True)]  # fmt: skip
+        sizes = torch.tensor([len(x) for x in taken], device=device)
+        attempt = torch.repeat_interleave(torch.arange(len(taken), device=device), sizes)[self._order]
+        row = torch.cat(taken)[self._order]
+        last = torch.zeros_like(sizes).scatter_reduce(0, attempt, self._step, "amax").tolist()
+        many = -(-len(self) // _PARTS)
+        for first in range(0, len(self), many):
+            here = (self._step >= first) & (self._step < first + many)
+            sources = attempt[here]
+            order = torch.argsort(sources, stable=True)
+            used = sources.unique().tolist()
+            rows = row[here][order].split(torch.bincount(sources)[used].tolist())
+            z = torch.cat([unsorted[i].index_select(0, x) for i, x in zip(used, rows, strict=True)])
+            for i in used:
+                if last[i] < first + many:
+                    unsorted[i] = None
+            yield from z.index_select(0, torch.argsort(order)).split(self.sizes[first : first + many])
 
     @property
-    def z(self) -> list[Tensor]:
-        """Per step, [samples, features]: the state at t. Views of `flat_z`."""
-        if self._z is None:
-            self._z = list(self.flat_z.split(self.batch if self._whole else self.sizes)) if self.sizes else []
-        return self._z
+    def flat_z(self) -> Tensor:
+        """All states, [all accepted, features] ([steps·batch, features] under joint control); a copy."""
+        return torch.cat([self._like, *self.z])
+
+    def states(self, step: Tensor, rows: Tensor) -> Tensor:
+        """The states at the starts of steps of samples, both [samples] -> [samples, features]."""
+        steps, found = step.unique().tolist(), None
+        for j in steps:
+            here = None if len(steps) == 1 else (step == j).nonzero().flatten()
+            mine, known = rows if here is None else rows[here], self.rows[j]
+            place = mine if known is None else torch.searchsorted(known, mine)
+            z = self.z[j] if len(place) == len(self.z[j]) else self.z[j].index_select(0, place)
+            if here is None:
+                return z
+            found = z.new_empty(len(rows), z.shape[1]) if found is None else found
+            found = found.index_copy(0, here, z)
+        return self._like if found is None else found
+
+    def with_states(self, flat: Tensor) -> Grid:
+        """The same steps from other states, [all accepted, features]."""
+        other = copy.copy(self)
+        other.held, other.z = None, list(flat.split([self.samples(j) for j in range(len(self))]))
+        return other
 
     @functools.cached_property
     def slopes(self) -> list[Tensor]:
         """Per step, [samples, features]: f at its start, where later steps build on it."""
-        return list(self.gather(self._slopes, self.flat_z).split([len(z) for z in self.z]))
+        return list(self.gather(self._slopes, self._like).split([self.samples(j) for j in range(len(self))]))
 
     def still(self, j: int) -> Tensor | None:
         """Which samples stand still in step j, [batch], or None."""
         return None if self.ended_in is None else self.ended_in < j
 
+    def samples(self, j: int) -> int:
+        """How many samples take step j."""
+        return self.batch if self.rows[j] is None else len(self.rows[j])
+
+    def place(self, j: int, where: Tensor | None = None) -> Place:
+        """Step j, or that of the samples at the places `where` in it."""
+        rows, times = self.rows[j], (self.t[j], self.dt[j], self.t_end[j])
+        if where is not None:
+            rows = where if rows is None else rows.index_select(0, where)
+            times = (x.index_select(0, where) for x in times)
+        return Place(rows, *times, self.still(j))
+
+    def whole_step(self, j: int) -> tuple[Tensor, Tensor]:
+        """(step, rows) of step j of all samples that take it, [samples] each, as `places` has them."""
+        rows = torch.arange(self.batch, device=self.counts.device) if self.rows[j] is None else self.rows[j]
+        return torch.full_like(rows, j), rows
+
+    def places(self, step: Tensor, rows: Tensor) -> Place:
+        """A step of each sample's own, both [samples], ascending; under joint control one step of the whole batch."""
+        times = self._times[:, step[:1], 0] if self.joint else self._times[:, step, rows]
+        still = None if self.ended_in is None else self.still(int(step[0]))
+        return Place(None if len(rows) == self.batch else rows, *times, still)
+
+    @functools.cached_property
+    def _times(self) -> Tensor:
+        return torch.stack([self.padded(name) for name in ("t", "dt", "t_end")])
+
     def part_of(self, step: Tensor, sample: Tensor) -> Tensor:
         """Which part of the solver made a step of a sample, both [samples]."""
         if self._part is None:
-            first = torch.tensor([pieces[0][0] for pieces in self.parts], device=step.device)
-            return first[step]
+            return self._first_parts[step]
         return self._part[self.flat_index[step, sample]]
+
+    @functools.cached_property
+    def _first_parts(self) -> Tensor:
+        return torch.tensor([pieces[0][0] for pieces in self.parts], device=self.counts.device)
 
     def before(self, j: int, back: int) -> Tensor | None:
         """Where the samples of step j lie in the step so many before, [samples]; None for everywhere."""
@@ -168,6 +262,10 @@ class Grid:
         if self._whole:
             return torch.arange(len(self) * self.batch, device=self.counts.device).view(len(self), self.batch)
         return self.pad(torch.arange(len(self._step), device=self.counts.device), 0)
+
+    def pick(self, flat: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+        """What flat states [all accepted, ...] hold of steps of samples, both [samples] -> [samples, ...]."""
+        return flat.index_select(0, self.flat_index[step, rows])
 
     def pad(self, flat: Tensor, fill: float = 0.0) -> Tensor:
         """[all accepted, ...] -> [steps, batch, ...], `fill` where a sample has no such step. Differentiable."""

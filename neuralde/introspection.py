@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from . import algebra, solvers
+from . import algebra, solvers, transforms
 from . import control as _control
 from .adjoints.base import Outcome
 from .control import StepControl
@@ -27,7 +27,8 @@ from .errors import Status
 from .field import Field, full_precision
 from .outputs import outputs
 from .problem import Problem
-from .replay import Schedule, located, make_step, past_of, replay_all
+from .replay import Schedule, make_step, past_at, replay_all
+from .retrace import lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
 from .state import Layout
@@ -218,7 +219,7 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
                 span = algebra.of(p.joint).read(p.span)
                 dt = _control.initial_step(p.field, t, z.detach(), slope.detach(), span, solver.order, p.norm)
                 dt = torch.as_tensor(dt).to(t) * p.span.sign()
-        step = solver.attempt(p.field, t, dt, z, slope, solver.memory(z, torch.is_grad_enabled()))
+        step = solver.attempt(p.field, t, dt, z, slope, solver.memory(z, transforms.recording()))
         error = raw = None
         if step.error is not None:
             error = p.ratio(step.error, z, step.z).expand(batch)
@@ -246,33 +247,35 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
     """
     p, outcome = solution._problem, solution._outcome
     grid = outcome.trajectory.grid
-    taped = torch.is_grad_enabled()
 
     def one(j, *here):
         with full_precision(here[0].device):
-            slopes = [None] * j
-            for back, z in enumerate(here[1:], start=1):
-                f = p.f(grid.rows[j - back], grid.t[j - back], grid.t_end[j - back], still=grid.still(j - back))
-                slopes[j - back] = f(f.times(grid.t[j - back])[0], z)
-            past = past_of(p, grid, j, slopes)
+            past = past_at(p, grid, *steps[j], here[1:])
             found, places = [], []
             for part, where in grid.parts[j]:
-                rows, t, dt, _ = located(grid, j, where)
+                place = grid.place(j, where)
                 z = here[0] if where is None else here[0][where]
                 then = past if past is None or where is None else Past(past.slopes[:, where], past.dt[:, where])
-                step, _ = make_step(p, grid, j, where, part, z, past=then)
-                found.append(figure(dataclasses.replace(p, norm=p.norm.on(rows)), step, z, t, dt))
+                step, _ = make_step(p, place, part, z, past=then)
+                found.append(figure(dataclasses.replace(p, norm=p.norm.on(place.rows)), step, z, place.t, place.dt))
                 places.append(where)
         return found[0] if len(found) == 1 else torch.cat(found)[torch.argsort(torch.cat(places))]
 
     if not len(grid):
         return p.start.new_zeros(0, grid.batch)
-    states, depth = outcome.states().split([len(z) for z in grid.z]), p.solver.history
-    parts = []
-    for j in range(len(grid)):
-        here = states[j : j - depth - 1 if j > depth else None : -1] if j >= depth else states[j : j + 1]
-        parts.append(checkpoint(one, j, *here, use_reentrant=False) if taped else one(j, *here))
-    return grid.pad(torch.cat(parts))
+    states, depth = lookup(p, outcome, solution._z0), p.solver.history
+    steps = [grid.whole_step(j) for j in range(len(grid))]
+
+    def all_of_them():
+        parts = []
+        for j, (step, rows) in enumerate(steps):
+            here = [states(step - back, rows) for back in reversed(range(depth + 1 if j >= depth else 1))][::-1]
+            # Inside of a transform, checkpoints are not to be had, and "direct" has its steps in memory anyway.
+            taped = torch.is_grad_enabled() and not transforms.active()
+            parts.append(checkpoint(one, j, *here, use_reentrant=False) if taped else one(j, *here))
+        return torch.cat(parts)
+
+    return grid.pad(outcome.from_states(all_of_them))
 
 
 def replay(solution: Solution, z0=None, args=None) -> Solution:
@@ -302,6 +305,9 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         schedule = Schedule(problem, trajectory.grid, trajectory.reached, trajectory.hits)
     with full_precision(flat.device):
         path = replay_all(problem, trajectory.grid, flat, trajectory.status == Status.SUCCESS, schedule)
+    # What has no gradient is looked up there.
+    trajectory = copy.copy(trajectory)
+    trajectory.grid = trajectory.grid.with_states(path.states.detach())
     outcome = Outcome(
         trajectory=trajectory,
         final=path.final,

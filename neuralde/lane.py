@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import algebra
 from . import control as _control
 from .algebra import Algebra, Figure
 from .solvers import Solver, VectorField, Work
@@ -21,7 +20,7 @@ class Tools:
     solver: Solver
     f: VectorField
     memory: Any
-    judge: _control.Judge
+    judge: _control.Judge | _control.SharedJudge
     exponents: tuple[float, float]
     since: int  # the attempt at which the lane was put together
 
@@ -105,7 +104,7 @@ class Lane:
 
     def tensors(self, like: Tensor) -> Lane:
         """The same with every figure a tensor. like: of the dtype and device of times."""
-        if self.m is algebra.TENSORS:
+        if isinstance(self.s, Tensor):
             return self
         count = torch.zeros_like(like, dtype=torch.int64)
         figures = {name: self.m.tensor(getattr(self, name), like) for name in ("s", "s1", "h", "failed_at")}
@@ -159,7 +158,7 @@ class Lane:
         if not isinstance(ok, Tensor):  # one group for the batch: it fails as a whole
             return self.z, self.slope
         if self.slope is not None:
-            ok = ok | torch.isfinite(self.slope.detach()).all(dim=1)
+            ok = ok | self.m.read(torch.isfinite(self.slope.detach()).all(dim=1))
         row = ok.nonzero().flatten()[:1]
         if not len(row):
             return self.z, self.slope

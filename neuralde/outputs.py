@@ -32,7 +32,7 @@ def outputs(problem: Problem, outcome: Outcome, z0: Tensor, times: Tensor) -> Ou
     """Puts together what comes back.
 
     Args:
-        z0: [batch, features]. times: [times, groups]; may carry a gradient.
+        z0: [batch, features]. times: [times, groups]; the problem's own where nobody differentiates by them.
     """
     middle, hits = outcome.interior, outcome.trajectory.hits
     points = len(times) - 2
@@ -74,7 +74,7 @@ def _events(problem: Problem, hits, states: Tensor | None, final: Tensor):
 
 def shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
     """z0 with the gradient of t0: a later start is the same start moved back along f."""
-    if not (times.requires_grad and torch.is_grad_enabled()):
+    if times is problem.times:
         return z0
     with torch.no_grad():
         slope = problem.field(problem.field.times(problem.first_instant)[0], z0)
@@ -84,7 +84,7 @@ def shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
 
 def shift_outputs(problem: Problem, zs: Tensor, times: Tensor, gone: Tensor | None = None) -> Tensor:
     """The outputs with the gradients of their times: dz(t)/dt = f(t, z), but 0 for those that are `gone`."""
-    if not (times.requires_grad and torch.is_grad_enabled()):
+    if times is problem.times:
         return zs
     moved = [zs[0]]
     for i, (z, t) in enumerate(zip(zs[1:], times[1:], strict=True), start=1):

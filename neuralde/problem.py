@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,33 @@ from .field import Between, Field, Still
 from .solvers import Solver, Step
 
 
+class Impulses(Protocol):
+    """Jumps of the state itself, at times that are among the problem's stops."""
+
+    def apply(self, z: Tensor, t: Tensor, rows: Tensor | None, arrived: Tensor) -> tuple[Tensor, Tensor]:
+        """The states after the impulses at t.
+
+        Args:
+            z: [samples, features]. t: [groups]. rows: the samples, None for all.
+            arrived: who stands at a stop, [groups].
+
+        Returns:
+            The states, and which groups had an impulse, [groups].
+        """
+
+
+class Tally(Protocol):
+    """What is computed along the accepted steps, beside the solution."""
+
+    def add(self, rows: Tensor | None, t: Tensor, dt: Tensor, ok: Tensor, solver: Solver, stages: Any, z: Tensor):
+        """Takes in a step.
+
+        Args:
+            rows: the samples, None for all. t, dt: of the step, [groups]. ok: whose it is, [groups]: for the others it
+                was rejected. solver: what made it. stages: for `solver.snapshot`. z: where it started.
+        """
+
+
 @dataclass
 class Problem:
     """One solve, ready to run.
@@ -24,7 +51,7 @@ class Problem:
         times: [times, groups]: where the solve starts, its outputs, and where it ends. One column where all samples
             share them and control is joint.
         norm: how large an error is, with the tolerances.
-        dt0: first (or fixed) step size, positive, or None for the automatic one.
+        dt0: first (or fixed) step size, positive, or each group's own, [groups]; None for the automatic one.
         max_steps: attempts per sample.
         keep_stages: whether to keep every accepted step's stages, so that `solution(t)` need not call f.
         dt_min, dt_max: bounds of the step size, or None.
@@ -32,6 +59,10 @@ class Problem:
             although f is smooth there.
         watch: the events to look for, or None.
         observer: what is told of every attempt, or None.
+        recorded: whether the accepted steps are written down: not where only the end is wanted.
+        impulses: by which the state jumps at some of the stops, or None.
+        tally: what is shown every accepted step, or None.
+        keep: at most how many states the solve keeps beside its start and its end (see `Held`); None for all of them.
     """
 
     field: Field
@@ -39,7 +70,7 @@ class Problem:
     control: StepControl
     times: Tensor
     norm: Norm
-    dt0: float | None
+    dt0: float | Tensor | None
     max_steps: int
     keep_stages: bool
     dt_min: float | None = None
@@ -48,6 +79,10 @@ class Problem:
     stops: Tensor | None = None
     watch: Watch | None = None
     observer: Any = None
+    keep: int | None = None
+    recorded: bool = True
+    impulses: Impulses | None = None
+    tally: Tally | None = None
 
     @property
     def joint(self) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import transforms
 from .events import Hits
-from .grid import Grid
+from .grid import Grid, Place
 from .problem import Problem
 from .solvers import Past, Solver, Step
 
@@ -120,32 +122,21 @@ def replay_step(
 
 def _replay(problem, grid, j, where, part, z, lens, outputs, field, past) -> Replayed:
     """The samples of a step that one part of the solver makes; `where` are their places in it."""
-    rows, _, dt, _ = located(grid, j, where)
-    solver = problem.solver.parts[part]
-    step, slope = make_step(problem, grid, j, where, part, z, lens, outputs is not None, field, past)
+    place, solver = grid.place(j, where), problem.solver.parts[part]
+    step, slope = make_step(problem, place, part, z, lens, outputs is not None, field, past)
     error = stiffness = values = None
     if lens and step.error is not None:
-        error = problem.ratio(step.error, z, step.z, rows)
+        error = problem.ratio(step.error, z, step.z, place.rows)
     if lens and problem.solver.reports_stiffness:
-        stiffness = problem.stiffness(step, dt)
+        stiffness = problem.stiffness(step, place.dt)
     if outputs is not None:
         values = solver.interpolate(solver.snapshot(step.stages), outputs.theta, outputs.row)
     return Replayed(step.z, error, stiffness, values, slope)
 
 
-def located(grid: Grid, j: int, where: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(rows, t, dt, t_end) of step j, or of some of its samples."""
-    rows, times = grid.rows[j], (grid.t[j], grid.dt[j], grid.t_end[j])
-    if where is None:
-        return rows, *times
-    return where if rows is None else rows.index_select(0, where), *(x.index_select(0, where) for x in times)
-
-
 def make_step(
     problem: Problem,
-    grid: Grid,
-    j: int,
-    where: Tensor | None,
+    place: Place,
     part: int,
     z: Tensor,
     lens: bool = True,
@@ -153,23 +144,27 @@ def make_step(
     field=None,
     past: Past | None = None,
 ) -> tuple[Step, Tensor | None]:
-    """Makes step j again, or for the samples at places `where` in it.
+    """Makes a step again, or one of each sample's own, with one part of the solver.
+
+    Args:
+        place: of `Grid.place` or `Grid.places`.
+        z: the states at the start, [samples, features].
+        lens, close: of `Solver.attempt`. field: another one than the problem's.
+        past: of `past_of` or `past_at`, where the part has a history.
 
     Returns:
         The step, and f at its start where the solver has a history.
     """
-    rows, t, dt, t_end = located(grid, j, where)
     solver: Solver = problem.solver.parts[part]
-    still = grid.still(j)
-    if still is not None and past is not None:
-        past = past._replace(slopes=torch.where(still[:, None], 0.0, past.slopes))
-    f = problem.f(rows, t, t_end, field, still)
-    slope = f(f.times(t)[0], z) if problem.solver.history else None
-    memory = solver.memory(z, taped=torch.is_grad_enabled())
+    if place.still is not None and past is not None:
+        past = past._replace(slopes=torch.where(place.still[:, None], 0.0, past.slopes))
+    f = problem.f(place.rows, place.t, place.t_end, field, place.still)
+    slope = f(f.times(place.t)[0], z) if problem.solver.history else None
+    memory = solver.memory(z, taped=transforms.recording())
     history = {"past": past} if solver.history else {}
-    step = solver.attempt(f, t, dt, z, slope, memory, lens=lens, close=close, **history)
+    step = solver.attempt(f, place.t, place.dt, z, slope, memory, lens=lens, close=close, **history)
     if close and not solver.closes:
-        end = f(f.times(t_end)[0], step.z)
+        end = f(f.times(place.t_end)[0], step.z)
         step = step._replace(slope_end=end, stages=solver.finish(step.stages, end))
     return step, slope
 
@@ -190,6 +185,22 @@ def past_of(problem: Problem, grid: Grid, j: int, slopes: list[Tensor]) -> Past 
         found.append(slope if where is None else slope.index_select(0, where))
         sizes.append(dt if where is None or problem.joint else dt.index_select(0, where))
     return Past(torch.stack(found), torch.stack(sizes))
+
+
+def past_at(problem: Problem, grid: Grid, step: Tensor, rows: Tensor, states: Sequence[Tensor]) -> Past | None:
+    """What a step of each sample's own builds on, f being evaluated again; None where it builds on nothing.
+
+    Args:
+        step, rows: as `Grid.places` has them.
+        states: at the starts of the steps before, the last one first, [samples, features] each.
+    """
+    slopes, sizes = [], []
+    for back, z in enumerate(states, start=1):
+        place = grid.places(step - back, rows)
+        f = problem.f(place.rows, place.t, place.t_end, still=place.still)
+        slopes.append(f(f.times(place.t)[0], z))
+        sizes.append(place.dt)
+    return Past(torch.stack(slopes), torch.stack(sizes)) if slopes else None
 
 
 class Path(NamedTuple):

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import transforms
 from .adjoints.base import Outcome
+from .dense import Dense, Stages
 from .errors import Status
 from .field import full_precision
 from .outputs import Outputs
 from .problem import Problem
-from .solvers import SOLVERS, Past, Solver
+from .retrace import every_state, lookup
+from .solvers import SOLVERS, Solver
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class Steps:
         stiffness: an estimate of |λ|: ‖f(x) - f(y)‖/‖x - y‖ of two stages at one abscissa; for a method that has f's
             Jacobian, the largest row sum of it. [step, batch], or None.
 
-    `error` and `stiffness` are differentiable under adjoint "direct" and "checkpointed"; t and dt are constants.
+    `error` and `stiffness` are differentiable under adjoint "direct" and "checkpointed"; t and dt are constants. Where
+    the solve did not keep all states, z is made again.
     """
 
-    def __init__(self, problem: Problem, outcome: Outcome):
-        self._problem, self._outcome = problem, outcome
+    def __init__(self, problem: Problem, outcome: Outcome, z0: Tensor):
+        self._problem, self._outcome, self._z0 = problem, outcome, z0
         self._grid = outcome.trajectory.grid
 
     def __len__(self) -> int:
@@ -102,7 +106,8 @@ class Steps:
 
     @functools.cached_property
     def z(self):  # noqa: D102
-        return self._problem.field.layout.unpack(self._grid.pad(self._outcome.states()))
+        flat = self._outcome.from_states(lambda: every_state(self._problem, self._outcome, self._z0))
+        return self._problem.field.layout.unpack(self._grid.pad(flat))
 
     @functools.cached_property
     def error(self) -> Tensor | None:  # noqa: D102
@@ -147,6 +152,19 @@ class Solution:
         return Statistics(counts.nfe, counts.accepted, counts.rejected, self._calls, *linear)
 
     @property
+    def backward_stats(self) -> Statistics | None:
+        """How much work the last backward pass was, under an adjoint that solves an equation backwards; else None.
+
+        `nfe` counts evaluations of the adjoint equation, each of them one of f and one vector-Jacobian product; those
+        of the parameters' integral are not among them.
+        """
+        counts = self._outcome.backward()
+        if counts is None:
+            return None
+        linear = counts.jacobians, counts.factorizations, counts.linear_solves
+        return Statistics(counts.nfe, counts.accepted, counts.rejected, int(counts.nfe.max()), *linear)
+
+    @property
     def final(self):
         """The state at the end of the horizon, in the structure of z0."""
         layout = self._problem.field.layout
@@ -168,7 +186,7 @@ class Solution:
     @functools.cached_property
     def steps(self) -> Steps:
         """The accepted steps."""
-        return Steps(self._problem, self._outcome)
+        return Steps(self._problem, self._outcome, self._z0)
 
     @property
     def error(self) -> Tensor:
@@ -256,31 +274,17 @@ class Solution:
             return self._interpolated(times)
 
     def _interpolated(self, times: Tensor) -> Tensor:
-        p, trajectory = self._problem, self._outcome.trajectory
+        p, outcome = self._problem, self._outcome
+        trajectory = outcome.trajectory
         grid, direction = trajectory.grid, p.span.sign()
-        everyone = times.shape[1] == 1 and p.joint
         reached = times * direction <= trajectory.reached * direction + 1e-6 * p.span.abs()
         if not len(grid):  # every sample failed at once: all that is known is where they started
             return torch.where(reached[..., None], self._z0, float("nan"))
         step, theta = grid.locate(times, direction)
-        states = self._outcome.states()
-        kept = p.keep_stages and not (torch.is_grad_enabled() and (states.requires_grad or times.requires_grad))
-        pieces, order = [], []
-        # Points whose samples all lie in the same steps share one replay.
-        combinations, which = torch.unique(step, dim=0, return_inverse=True)
-        for i, here in enumerate(combinations):
-            points = (which == i).nonzero().flatten()
-            order.append(points)
-            if everyone:
-                part, snapshot = self._shared_stages(here[0], states, kept)
-                pieces.append(part.interpolate(snapshot, theta[points, 0], None))
-                continue
-            value = self._z0.new_zeros(len(points), grid.batch, self._z0.shape[1])
-            for part, rows, snapshot, at in self._own_stages(here, states, kept):
-                flat = part.interpolate(snapshot, theta[points][:, rows].flatten(), at.repeat(len(points)))
-                value = value.index_copy(1, rows, flat.view(len(points), len(rows), -1))
-            pieces.append(value)
-        values = torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
+        states = lookup(p, outcome, self._z0)
+        taped = torch.is_grad_enabled() and (outcome.differentiable_states or times.requires_grad)
+        kept = self._kept if p.keep_stages and not (taped or transforms.active()) else None
+        values = outcome.from_states(lambda: Dense(p, grid, states, kept).at(step, theta))
         # A sample that failed at once has no step; all that is known of it is where it started.
         values = torch.where((grid.counts > 0)[:, None], values, self._z0)
         values = torch.where(reached[..., None], values, float("nan"))
@@ -289,81 +293,9 @@ class Solution:
         gone = (times * direction).expand(-1, grid.batch) > self._stopped * direction
         return torch.where(gone[..., None], self._held, values)
 
-    def _own_stages(self, step: Tensor, states: Tensor, kept: bool):
-        """The stages of every sample's own step, [batch] indices.
-
-        Yields:
-            (the method, the samples, their snapshot, where in it they are).
-        """
-        p, grid = self._problem, self._outcome.trajectory.grid
-        if p.joint:
-            for j in step.unique():
-                rows = (step == j).nonzero().flatten()
-                part, snapshot = self._shared_stages(j, states, kept)
-                yield part, rows, snapshot, rows
-            return
-        everyone = torch.arange(grid.batch, device=step.device)
-        parts = grid.part_of(step, everyone)
-        for i, part in enumerate(p.solver.parts):
-            # A sample that failed at once has no step to be made again, and f may be unable to handle it.
-            rows = ((parts == i) & (grid.counts > 0)).nonzero().flatten()
-            if len(rows):
-                at = torch.arange(len(rows), device=step.device)
-                yield part, rows, self._stages(part, step[rows], rows, states, kept), at
-
-    def _shared_stages(self, step: Tensor, states: Tensor, kept: bool) -> tuple[Solver, Tensor]:
-        """The method and the stages of a step that the whole batch took."""
-        grid = self._outcome.trajectory.grid
-        rows = torch.arange(grid.batch, device=step.device)
-        part = self._problem.solver.parts[grid.parts[int(step)][0][0]]
-        return part, self._stages(part, step.expand(grid.batch), rows, states, kept)
-
-    def _stages(self, part: Solver, step: Tensor, rows: Tensor, states: Tensor, kept: bool) -> Tensor:
-        """The stages of a step of some samples, made with one method; step and rows are [samples]."""
-        p, grid = self._problem, self._outcome.trajectory.grid
-        index = grid.flat_index[step, rows]
-        if kept:
-            snapshot, count = self._kept
-            return snapshot[: count[p.solver.parts.index(part)], index]
-        group = rows[:1] if p.joint else rows
-        whole = None if len(rows) == grid.batch else rows
-
-        def times(back: int):
-            return (
-                grid.padded(name)[(step - back)[: len(group)], group * (not p.joint)] for name in ("t", "dt", "t_end")
-            )
-
-        t, dt, t_end = times(0)
-        past = {}
-        if part.history:
-            slopes, sizes = [], []
-            for back in range(1, part.history + 1):
-                before, size, end = times(back)
-                f = p.f(whole, before, end, still=grid.still(int(step[0]) - back))
-                slopes.append(f(f.times(before)[0], states.index_select(0, grid.flat_index[step - back, rows])))
-                sizes.append(size)
-            past = {"past": Past(torch.stack(slopes), torch.stack(sizes))}
-        still = grid.still(int(step[0]))
-        if still is not None and past:
-            past["past"] = past["past"]._replace(slopes=torch.where(still[:, None], 0.0, past["past"].slopes))
-        z, f = states.index_select(0, index), p.f(whole, t, t_end, still=still)
-        step = part.attempt(f, t, dt, z, None, part.memory(z, torch.is_grad_enabled()), close=True, **past)
-        stages = step.stages if part.closes else part.finish(step.stages, f(f.times(t_end)[0], step.z))
-        return part.snapshot(stages)
-
     @functools.cached_property
-    def _kept(self) -> tuple[Tensor, list[int]]:
-        """All stages that were kept, [rows, all accepted, features]; and how many rows every method has."""
-        trajectory = self._outcome.trajectory
-        count = [0] * len(self._problem.solver.parts)
-        for record in trajectory.records:
-            count[record.part] = len(record.snapshot)
-        most = max(count)
-        parts = [
-            torch.cat([r.snapshot, r.snapshot.new_zeros(most - len(r.snapshot), *r.snapshot.shape[1:])]).movedim(0, 1)
-            for r in trajectory.records
-        ]
-        return trajectory.grid.gather(parts, parts[0]).movedim(1, 0), count
+    def _kept(self) -> Stages:
+        return Stages.of(self._outcome.trajectory)
 
     def plot(self, sample: int = 0, axes=None):
         """Draws step sizes, error ratios and stiffness along t. See `neuralde.plotting.plot_solution`."""

@@ -12,12 +12,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import adjoints, solvers
+from . import adjoints, solvers, transforms
 from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
 from .equations import ODE
-from .errors import SolveWarning, failure
+from .errors import NeuralDEError, SolveWarning, failure
 from .events import Event, Watch
 from .events import parse as parse_events
 from .field import Field, full_precision
@@ -64,7 +64,11 @@ def solve(
             of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test.
         control: "per_sample", every sample has its own step size and its answer does not depend on the others; or
             "joint", one step size and one RMS norm for the whole batch. Or a `StepControl`.
-        adjoint: "checkpointed", exact gradients at one state of memory per step; "direct", everything on the tape.
+        adjoint: how gradients are computed. "checkpointed", exact ones at one state of memory per step; or
+            `nde.adjoints.Checkpointed(checkpoints=k)`, at k states. "direct", exact ones with everything on the tape:
+            the one that torch.func's transforms (jvp, vmap, ...) and forward-mode AD go through; the copies of a sample
+            that vmap solves share their steps, the worst one decides. "backsolve", "interpolating", "quadrature": those
+            of an equation solved backwards, to its tolerances. See `neuralde.adjoints` for their options.
         args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
         max_steps: attempted steps per sample, rejected ones included.
         dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
@@ -88,14 +92,16 @@ def solve(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
+        NeuralDEError: a transform is around the solve that the adjoint, the solver or events can't go through.
         StepSizeUnderflow, NonFiniteState, MaxStepsReached: the solve failed for some samples (`on_failure="raise"`).
 
     Gradients with respect to z0, args, the parameters of f and tensors that f closes over are exact for the discrete
-    solution; step sizes are constants to them. Gradients with respect to t are those of the continuous solution:
+    solution under "checkpointed" and "direct", where step sizes are constants to them; the other adjoints have those of
+    the continuous solution, to a tolerance. Gradients with respect to t are those of the continuous solution:
     dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0; first derivatives only.
     """
     steps = {"dt0": dt0, "dt_min": dt_min, "dt_max": dt_max, "max_steps": max_steps}
-    steps = {name: x.item() if isinstance(x, Tensor) and x.dim() == 0 else x for name, x in steps.items()}
+    steps = {name: _number(name, x) for name, x in steps.items()}
     stops = {"jump_times": jump_times, "step_times": step_times}
     return _untraced(_solve)(
         equation, z0, t, solver, (rtol, atol), control, adjoint, args, steps, stops, events, observer, dense, on_failure
@@ -113,6 +119,9 @@ def _solve(
     _check_steps(**steps)
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+    events = parse_events(events)
+    if transforms.active():
+        _require_transformable(adjoint, solver, events)
     dt0 = steps["dt0"]
     if control.adaptive and not solver.adaptive:
         control = _fixed(control)
@@ -126,13 +135,15 @@ def _solve(
     if not control.adaptive:
         _refuse_bounds(**steps)
 
-    flat = layout.pack_start(z0)
+    flat, constant = layout.pack_start(z0), times.detach()
+    if not any(isinstance(x, Tensor) and transforms.derived(x) for x in (t if isinstance(t, tuple | list) else [t])):
+        times = constant
     field = Field(equation, layout, args, joint, solver.linearizes)
     problem = Problem(
         field=field,
         solver=solver,
         control=control,
-        times=times.detach(),
+        times=constant,
         norm=_control.norm(*tolerances, control, layout),
         dt0=None if dt0 is None else float(dt0),
         max_steps=steps["max_steps"],
@@ -141,7 +152,7 @@ def _solve(
         dt_max=steps["dt_max"],
         jumps=jumps,
         stops=jumps if stops is None else stops if jumps is None else torch.cat([jumps, stops]),
-        watch=Watch(events, field, layout) if (events := parse_events(events)) else None,
+        watch=Watch(events, field, layout) if events else None,
         observer=observer,
     )
     with full_precision(layout.device):
@@ -149,6 +160,25 @@ def _solve(
         _report(problem, outcome.trajectory, on_failure)
         found = outputs(problem, outcome, flat, times)
     return Solution(problem, outcome, ts, found, flat)
+
+
+def _require_transformable(adjoint: Adjoint, solver: Solver, events: list[Event]):
+    """Raises NeuralDEError if the transforms around this solve can't go through it."""
+    if not adjoint.transforms:
+        able = " or ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.transforms)
+        raise NeuralDEError(
+            f"torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD around a solve need adjoint={able}, got "
+            f"{adjoint.name!r}, whose backward pass is its own; pass adjoint={able} to solve or to the layer"
+        )
+    if not solver.transforms:
+        raise NeuralDEError(
+            f"solver {solver.name!r} can't be transformed by torch.func or forward-mode AD; use one of neuralde's own"
+        )
+    if events:
+        raise NeuralDEError(
+            "a solve with events can't be transformed by torch.func or forward-mode AD: copies of a sample would have "
+            "their events at different times; leave events out, or solve outside of the transform"
+        )
 
 
 def _untraced(function):
@@ -164,6 +194,14 @@ def _untraced(function):
 @functools.cache
 def _disabled(function):
     return torch.compiler.disable(function)
+
+
+def _number(name: str, x):
+    """A tensor without dimensions as a number, and what is none as it is."""
+    if not isinstance(x, Tensor) or x.dim():
+        return x
+    transforms.require_shared(name, x)
+    return x.item()
 
 
 def _check_steps(max_steps, dt0, dt_min, dt_max):
@@ -198,6 +236,7 @@ def _stops(name: str, times, layout: Layout, joint: bool) -> Tensor | None:
         raise TypeError(f"{name} must be numbers or a tensor [times] or [batch, times], got {times!r}") from error
     if times.dim() not in (1, 2) or (times.dim() == 2 and len(times) != layout.batch):
         raise ValueError(f"{name} must be [times] or [batch, times] = [{layout.batch}, ...], got {tuple(times.shape)}")
+    transforms.require_shared(name, times)
     if bool(times.isnan().any()):
         raise ValueError(f"{name} must not hold NaN; pad with inf")
     if times.shape[-1] == 0:
@@ -235,6 +274,7 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
             raise ValueError(f"t as a tuple of tensors must hold [batch] = [{layout.batch}] times each")
         t = torch.stack(torch.broadcast_tensors(*parts), dim=-1) if parts else torch.empty(0)
     t = t.to(device=layout.device, dtype=layout.time_dtype)
+    transforms.require_shared("t", t)
     if t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != layout.batch):
         raise ValueError(f"t must be (t0, t1), [times] or [batch, times] = [{layout.batch}, ...], got {tuple(t.shape)}")
     if t.shape[-1] < 2:

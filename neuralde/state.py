@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import transforms
+
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -104,7 +106,7 @@ class Layout:
         # A copy: what the caller does to z0 afterwards must not reach the grid.
         flat = flat.clone() if flat.dtype == self.work_dtype else flat.to(self.work_dtype)
         if not all_finite(flat):
-            bad = (~torch.isfinite(flat.detach()).all(dim=1)).nonzero().flatten().tolist()
+            bad = (~transforms.worst(torch.isfinite(flat).all(dim=1))).nonzero().flatten().tolist()
             few = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise ValueError(f"z0 must be finite, but samples {few} hold NaN or infinity")
         return flat
@@ -129,6 +131,7 @@ class Layout:
             if not isinstance(leaf, Tensor | numbers.Real) or isinstance(leaf, bool):
                 raise TypeError(f"{name} must hold numbers or tensors, got {type(leaf).__name__}")
             leaf = torch.as_tensor(leaf, device=self.device).detach()
+            transforms.require_shared(name, leaf)
             if leaf.is_complex():
                 raise TypeError(f"{name} must be real, got {leaf.dtype}")
             count = len(leaf) if leaf.dim() == len(shape) + 1 else 1
@@ -181,7 +184,7 @@ class Layout:
 
 def all_finite(x: Tensor) -> bool:
     """Whether x holds neither NaN nor infinity."""
-    x = x.detach()
+    x = transforms.physical(x)
     # A finite sum says so in one pass; an infinite one may have overflowed.
     return math.isfinite(abs(x.sum().item())) or bool(torch.isfinite(x).all())
 

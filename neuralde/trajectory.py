@@ -12,6 +12,7 @@ from . import control as _control
 from .errors import Status
 from .events import Hits
 from .grid import Grid, Record
+from .held import Held
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Trajectory:
         final: the state at the end, [batch, features]; NaN for samples that did not get there.
         interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
         hits: the events that took place, or None. Their states are the last rows of `interior`.
+        slope: f at the end, [batch, features], or None where the solver has no use for it.
         status: [groups]. complete: whether every sample succeeded.
         records: the accepted attempts.
     """
@@ -56,17 +58,20 @@ class Trajectory:
         interior: Tensor | None,
         nfe_extra: int,
         hits: Hits | None,
+        held: Held | None,
     ):
         self.problem, self.records, self.interior, self.hits = problem, records, interior, hits
-        self._z0, self._parts, self._nfe_extra = z0, parts, nfe_extra
+        self._z0, self._parts, self._nfe_extra, self._held = z0, parts, nfe_extra, held
         self.status = self._whole(lambda lane: lane.status)
         self.final = self._whole(lambda lane: lane.z)
         failed = self.status != Status.SUCCESS
         self.complete = not bool(failed.any())
         if not self.complete:
             self.final = torch.where(failed[:, None], float("nan"), self.final)
+        known = all(part.slope is not None for part in parts)
+        self.slope = self._whole(lambda lane: lane.slope).detach() if known else None
         for part in parts:
-            part.z = part.slope = None
+            part.z = part.slope = part.past_slopes = part.tools = None
 
     def _whole(self, figure) -> Tensor:
         """A quantity of all samples, put together from the lanes that they finished in."""
@@ -79,7 +84,7 @@ class Trajectory:
     @functools.cached_property
     def grid(self) -> Grid:
         """The accepted steps."""
-        grid = Grid(self.records, len(self._z0), self.problem.joint, self._z0, self.problem.start)
+        grid = Grid(self.records, len(self._z0), self.problem.joint, self._z0, self.problem.start, self._held)
         if self.hits is not None and self.problem.joint:
             last = self.hits.terminal.nonzero().flatten()
             never = torch.full_like(grid.counts, len(grid))

@@ -15,6 +15,10 @@ FIXED = [name for name in SOLVERS if name not in ADAPTIVE]
 WITH_ERROR = [name for name, solver in nde.solvers.SOLVERS.items() if solver.error_order is not None]
 WITH_STIFFNESS = [name for name, solver in nde.solvers.SOLVERS.items() if solver.reports_stiffness]
 ADJOINTS = list(nde.adjoints.ADJOINTS)
+EXACT = [name for name, adjoint in nde.adjoints.ADJOINTS.items() if adjoint.exact]
+CONTINUOUS = [name for name in ADJOINTS if name not in EXACT]
+# Those under which the states of the steps, and what is read between them, have gradients.
+DENSE = EXACT + [name for name in CONTINUOUS if nde.adjoints.get(name).keep is None]
 CONTROLS = ["per_sample", "joint"]
 
 

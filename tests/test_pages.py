@@ -66,5 +66,5 @@ def test_ci_runs_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"grep -m 1 -E '([^']*)'", script).group(1)
     found = [line for line in readme.splitlines() if re.search(pattern, line)]
-    assert found == ["pip install '.[test]' && pytest"]
+    assert found == ["pip install '.[test]' && pytest -n 2"]
     assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0

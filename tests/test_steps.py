@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ADAPTIVE, ADJOINTS, CONTROLS, FIXED, SOLVERS, close, options, refused
+from helpers import ADAPTIVE, ADJOINTS, CONTROLS, DENSE, EXACT, FIXED, SOLVERS, close, options, refused
 
 import neuralde as nde
 
@@ -140,7 +140,7 @@ def test_gradients_across_jumps(solver, control, adjoint):
     for g, h in zip(found, torch.autograd.grad((exact**2).sum(), inputs), strict=True):
         close(g, h, 1e-5)
     # Outputs between the steps have theirs too, on either side.
-    for t in (0.5, 0.65):
+    for t in (0.5, 0.65) if adjoint in DENSE else ():
         (g,) = torch.autograd.grad(solution(t)[0, 0], b, retain_graph=True, allow_unused=True, materialize_grads=True)
         late = max(t - 0.6, 0.0)
         assert float(g) == pytest.approx(late * math.exp(-0.3 + 0.8 * late) if late else 0.0, rel=1e-4, abs=1e-9)
@@ -333,9 +333,11 @@ def test_an_observer_is_told_of_every_attempt(solver, control, adjoint):
 
     torch.testing.assert_close(ordered(found), ordered(grid), rtol=0, atol=0)
     states = steps.z["x"].detach()[steps.mask].flatten().sort().values
-    torch.testing.assert_close(observer.all("accept", 1)[:, 0].sort().values, states, rtol=0, atol=0)
+    again = 0 if adjoint in DENSE else 1e-12  # made again, beside other samples: up to rounding
+    torch.testing.assert_close(observer.all("accept", 1)[:, 0].sort().values, states, rtol=again, atol=again)
     before = sum(map(len, observer.told.values()))
-    torch.autograd.grad((solution.final["x"] ** 2).sum() + solution.error.sum(), x)
+    loss = (solution.final["x"] ** 2).sum()
+    torch.autograd.grad(loss + solution.error.sum() if adjoint in EXACT else loss, x)
     nde.introspection.replay(solution)
     assert sum(map(len, observer.told.values())) == before  # a replay is no attempt
 
@@ -359,10 +361,10 @@ def test_jump_times_cost_a_method_with_a_jacobian_nothing(solver):
     """The derivative of f by t is the same whether or not a stage could be moved off a jump."""
     equation, z0 = nde.ODE(lambda t, z: torch.cos(t) * z), torch.ones(1, 1, dtype=torch.float64)
     how = {"solver": solver, "rtol": 1e-5 if nde.solvers.get(solver).order > 1 else 1e-2, "atol": 1e-8}
-    plain = nde.solve(equation, z0, (0.0, 4.0), **how)
-    beyond = nde.solve(equation, z0, (0.0, 4.0), jump_times=[100.0], **how)
+    plain = nde.solve(equation, z0, (0.0, 3.5), **how)
+    beyond = nde.solve(equation, z0, (0.0, 3.5), jump_times=[100.0], **how)
     assert torch.equal(plain.final, beyond.final) and torch.equal(plain.stats.nfe, beyond.stats.nfe)
-    inside = nde.solve(equation, z0, (0.0, 4.0), jump_times=[1.3], **how)
+    inside = nde.solve(equation, z0, (0.0, 3.5), jump_times=[1.3], **how)
     assert int(inside.stats.accepted) < 1.3 * int(plain.stats.accepted) + 10
 
 

@@ -1,16 +1,33 @@
-"""Sensitivity methods, and the registry that gives them names."""
+"""Sensitivity methods, and the registry that gives them names.
+
+Exact, the gradient of the steps that were made: `Checkpointed` (the default) and `Direct`. The adjoint equation's, to a
+tolerance: `Backsolve`, `Interpolating` and `Quadrature`. docs/which-adjoint.md says when to take which.
+"""
 
 from __future__ import annotations
 
 from ..registry import Registry
+from .backsolve import Backsolve
 from .base import Adjoint
 from .checkpointed import Checkpointed
 from .direct import Direct
+from .interpolating import Interpolating
+from .quadrature import Quadrature
 
-__all__ = ["ADJOINTS", "Adjoint", "Checkpointed", "Direct", "get", "register"]
+__all__ = [
+    "ADJOINTS",
+    "Adjoint",
+    "Backsolve",
+    "Checkpointed",
+    "Direct",
+    "Interpolating",
+    "Quadrature",
+    "get",
+    "register",
+]
 
 ADJOINTS: Registry[Adjoint] = Registry("adjoint", Adjoint)
 register, get = ADJOINTS.register, ADJOINTS.find
 
-for _adjoint in (Direct(), Checkpointed()):
+for _adjoint in (Direct(), Checkpointed(), Backsolve(), Interpolating(), Quadrature()):
     register(_adjoint)

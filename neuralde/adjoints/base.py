@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import abc
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from .. import transforms
+from ..errors import NeuralDEError
+from ..grid import Grid
 from ..problem import Problem
-from ..trajectory import Trajectory
+from ..solvers import Solver
+from ..trajectory import Counts, Trajectory
 
 
 @dataclass
@@ -21,7 +28,10 @@ class Outcome:
         final: [batch, features]. interior: [points, batch, features] or None.
         error, stiffness: each returns the accepted steps' figures, flat in the grid's order; None where the solver
             reports none. Functions, because "direct" puts them on its tape only when somebody asks.
-        states: returns the states at the steps' starts, [all accepted, features].
+        states: returns the states at the steps' starts, [all accepted, features]; None where they are not all kept.
+        lost: of a differentiable solve whose states have no gradients: takes a value that was made from them, and
+            attaches it to the graph in such a way that asking for its gradient is an error. None elsewhere.
+        backward: returns what the last backward solve cost, or None where there was none.
     """
 
     trajectory: Trajectory
@@ -29,7 +39,22 @@ class Outcome:
     interior: Tensor | None
     error: Callable[[], Tensor] | None
     stiffness: Callable[[], Tensor] | None
-    states: Callable[[], Tensor]
+    states: Callable[[], Tensor] | None
+    lost: Callable[[Tensor], Tensor] | None = None
+    backward: Callable[[], Counts | None] = lambda: None
+
+    @property
+    def differentiable_states(self) -> bool:
+        """Whether gradients flow through the states."""
+        return self.states is not None and (self.final.requires_grad or transforms.active())
+
+    def from_states(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes from the states, with the gradients that it has or with none and an error."""
+        if self.lost is None:
+            return make()
+        with torch.no_grad():
+            value = make()
+        return self.lost(value)
 
 
 class Adjoint(abc.ABC):
@@ -37,16 +62,24 @@ class Adjoint(abc.ABC):
 
     Attributes:
         name: what `solve(adjoint=...)` calls it.
+        exact: whether its gradients are those of the discrete solution. Others are solutions themselves, to a
+            tolerance.
+        transforms: whether torch.func's transforms and forward-mode AD can go through it.
     """
 
     name: str
+    exact: bool = True
+    transforms: bool = False
 
     @abc.abstractmethod
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """Solves from z0 ([batch, features], in the working dtype), with gradients if grad mode is on."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        defaults = inspect.signature(type(self)).parameters
+        given = {k: x for k, x in vars(self).items() if k in defaults and x != defaults[k].default}
+        shown = (f"{k}={x.name!r}" if isinstance(x, Solver) else f"{k}={x!r}" for k, x in given.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def plain(trajectory: Trajectory) -> Outcome:
@@ -58,5 +91,51 @@ def plain(trajectory: Trajectory) -> Outcome:
         interior=trajectory.interior,
         error=None if solver.error_order is None else lambda: trajectory.error,
         stiffness=(lambda: trajectory.stiffness) if solver.reports_stiffness else None,
-        states=lambda: trajectory.grid.flat_z,
+        states=None if trajectory.problem.keep is not None else lambda: trajectory.grid.flat_z,
     )
+
+
+def states_of(trajectory: Trajectory) -> Tensor:
+    """What stands for the states of the steps among the outputs of an autograd function: their shape without memory.
+
+    Most solves' states are never asked for; `packed` puts them together when they are.
+    """
+    grid = trajectory.grid
+    for record in trajectory.records:
+        record.z = None  # the grid has them
+    count = sum(grid.samples(j) for j in range(len(grid)))
+    return trajectory.final.new_zeros(1, 1).expand(count, trajectory.final.shape[1])
+
+
+def packed(stand_in: Tensor, trajectory: Trajectory) -> Callable[[], Tensor]:
+    """`Outcome.states` of a solve whose function has `states_of` among its outputs."""
+    return functools.cache(lambda: _Packed.apply(stand_in, trajectory.grid))
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stand_in: Tensor, grid: Grid) -> Tensor:
+        return grid.flat_z
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):
+        return cotangent, None
+
+
+def without_gradient(value: Tensor, like: Tensor, message: str) -> Tensor:
+    """The value, as a part of the graph that `like` belongs to; a backward pass that reaches it raises NeuralDEError.
+
+    A gradient that can't be had must not look like one that is zero.
+    """
+    return _WithoutGradient.apply(value, like, message) if like.requires_grad else value
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, like: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):
+        raise NeuralDEError(ctx.message)

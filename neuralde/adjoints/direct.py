@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..discover import discover
 from ..problem import Problem
 from ..trajectory import Trajectory
@@ -17,15 +18,17 @@ class Direct(Adjoint):
     """Discretise, then differentiate, with everything on the tape.
 
     Exact gradients of the discrete solution. Fast, and supports double backward; its memory grows by the stages times
-    the layers of f with every step.
+    the layers of f with every step. Forward-mode AD and torch.func's transforms (jvp, vmap, ...) go through it too; the
+    copies of a sample that vmap makes share its steps: the worst of them decides.
     """
 
     name = "direct"
+    transforms = True
 
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """See `Adjoint.solve`."""
         slope = problem.field.first(problem.first_instant, z0, problem.end)
-        taped = torch.is_grad_enabled()
+        taped = transforms.recording()
         trajectory = discover(problem, z0, slope, taped=taped)
         outcome = plain(trajectory)
         if taped:

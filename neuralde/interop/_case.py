@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..field import reachable
+from ..field import Restricted
 
 
 @dataclass(frozen=True)
@@ -103,20 +102,13 @@ class Case:
         self.field = self._field(wanted)
 
     def _field(self, wanted: tuple[Tensor, ...] | None) -> Callable:
-        # A function, whose closure shows func and the wanted tensors to whoever looks for what gets gradients.
+        # A function, whose closure shows func to whoever looks for what gets gradients.
         func, form = self.func, self.form
-        if wanted is None or {id(x) for x in reachable(func)} <= {id(x) for x in wanted}:
 
-            def field(t, z, also=wanted):
-                return form.enclose(form.derivative(func(t, form.disclose(z))))
+        def field(t, z):
+            return form.enclose(form.derivative(func(t, form.disclose(z))))
 
-            return field
-
-        def restricted(t, z):
-            with _Only([*wanted, *pytree.tree_leaves((t, z))]):
-                return form.enclose(form.derivative(func(t, form.disclose(z))))
-
-        return restricted
+        return field if wanted is None else Restricted(field, wanted)
 
     def flat_field(self, t: Tensor, flat: Tensor) -> Tensor:
         """dy/dt of the state in one dimension."""
@@ -178,20 +170,3 @@ def _times(t: Tensor, device: torch.device) -> Tensor:
 
 def _time_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-class _Only(TorchFunctionMode):
-    """Cuts the gradient of every tensor that comes from outside, but of those named."""
-
-    def __init__(self, allowed: list[Tensor]):
-        super().__init__()
-        self._inside = {id(x): x for x in allowed}  # keeps what is made alive, so that ids stay unique
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def cut(leaf):
-            foreign = isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self._inside
-            return leaf.detach() if foreign else leaf
-
-        out = func(*pytree.tree_map(cut, args), **pytree.tree_map(cut, kwargs or {}))
-        self._inside.update((id(x), x) for x in pytree.tree_leaves(out) if isinstance(x, Tensor))
-        return out

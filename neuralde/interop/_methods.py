@@ -74,23 +74,30 @@ def _no_others(method: str, options: dict):
 def adaptive(case: Case, method: str, options: dict, event: bool) -> dict:
     """The options of `solve` for an adaptive method."""
     solver = ADAPTIVE[method]
-    first, least, most = options.pop("first_step", None), options.pop("min_step", 0), options.pop("max_step", math.inf)
-    steps = number("max_num_steps", options.pop("max_num_steps", 2**31 - 1))
-    control, how = _control(case, solver, options), {}
+    how = {"dt0": None, **_sizes(case, options, event)}
+    control = _control(case, solver, options)
     _check_dtype(case, options.pop("dtype", None))
     stops = _stops(case, {name: options.pop(name, None) for name in ("step_t", "jump_t", "grid_points")}, event)
     _no_others(method, options)
+    observer = case.observer(("callback_step", "callback_accept_step", "callback_reject_step"), method)
+    if observer is not None:
+        how["observer"] = observer
+    return {"solver": solver, "control": control, **how, **stops}
+
+
+def _sizes(case: Case, options: dict, event: bool) -> dict:
+    """first_step, min_step, max_step and max_num_steps, as `solve` and `Backsolve` have them."""
+    first, least, most = options.pop("first_step", None), options.pop("min_step", 0), options.pop("max_step", math.inf)
+    steps = number("max_num_steps", options.pop("max_num_steps", 2**31 - 1))
+    # torchdiffeq counts from one output time to the next.
+    how = {"max_steps": int(steps) * (1 if event else len(case.t) - 1)}
+    if first is not None:
+        how["dt0"] = number("first_step", first)
     if number("min_step", least, low=-1e-300) > 0:
         how["dt_min"] = number("min_step", least)
     if number("max_step", most) < math.inf:
         how["dt_max"] = number("max_step", most)
-    observer = case.observer(("callback_step", "callback_accept_step", "callback_reject_step"), method)
-    if observer is not None:
-        how["observer"] = observer
-    # torchdiffeq counts from one output time to the next.
-    steps = int(steps) * (1 if event else len(case.t) - 1)
-    dt0 = None if first is None else number("first_step", first)
-    return {"solver": solver, "control": control, "dt0": dt0, "max_steps": steps, **how, **stops}
+    return how
 
 
 def _control(case: Case, solver: Solver, options: dict) -> nde.StepControl:
@@ -175,15 +182,16 @@ class Fixed:
         size = None if size is None else number("step_size", size)
         grid = case.t if size is None else _even_grid(case.t, size, case.direction)
         if build is not None:
-            grid = build(case.func, case.y0, case.t)
-            if (
-                not isinstance(grid, Tensor)
-                or grid.dim() != 1
-                or bool((grid[[0, -1]].to(case.t) != case.t[[0, -1]]).any())
-            ):
-                raise ValueError("option 'grid_constructor' must return a 1-D tensor from t[0] to t[-1]")
-            grid = grid.to(case.t)
+            grid = _built(build, case, case.t)
         return cls(grid, size, interp, perturb)
+
+
+def _built(build, case: Case, t: Tensor) -> Tensor:
+    """The grid of a grid_constructor, for these output times."""
+    grid = build(case.func, case.y0, t)
+    if not isinstance(grid, Tensor) or grid.dim() != 1 or bool((grid[[0, -1]].to(t) != t[[0, -1]]).any()):
+        raise ValueError("option 'grid_constructor' must return a 1-D tensor from t[0] to t[-1]")
+    return grid.to(t)
 
 
 def _even_grid(t: Tensor, size: float, direction: int) -> Tensor:
@@ -219,7 +227,12 @@ def between(grid: Tensor, ys: Tensor, t: Tensor, direction: int) -> Tensor:
     """Linear interpolation of ys ([points, ...]) on the grid, at the times t."""
     grid = grid.detach()
     right = torch.searchsorted(grid * direction, t.detach() * direction).clamp(1, len(grid) - 1)
-    theta = (t - grid[right - 1]) / (grid[right] - grid[right - 1])
+    dt = grid[right] - grid[right - 1]
+    theta = (t - grid[right - 1]) / dt
+    # A time on the grid must not depend on a neighbour too, by its rounding: a backward solve would have to stop there.
+    near = theta.detach().round()
+    on_grid = (theta.detach() - near).abs() * dt.abs() <= 4 * torch.finfo(t.dtype).eps * t.detach().abs()
+    theta = theta + torch.where(on_grid, near - theta.detach(), 0.0)
     theta = theta.reshape(-1, *(1,) * (ys.dim() - 1)).to(ys.dtype)
     return ys[right - 1] + theta * (ys[right] - ys[right - 1])
 
@@ -368,6 +381,101 @@ def scipy(case: Case, options: dict, rtol, atol) -> Tensor:
     if not result.success:
         raise nde.NeuralDEError(f"scipy's {name} failed: {result.message}")
     return torch.as_tensor(result.y.T).to(y0)
+
+
+# -- the backward solve ------------------------------------------------------------------------------------------------
+
+
+def backsolve(
+    case: Case, method: str, options: dict, tolerances: tuple, event: bool, given: dict
+) -> nde.adjoints.Backsolve:
+    """torchdiffeq's adjoint.
+
+    Args:
+        method, options: of the solve, checked. tolerances: of the solve, for the case. event: whether an event ends it.
+        given: the adjoint_* arguments, without the parameters.
+    """
+    own, asked = given["adjoint_options"], given["adjoint_method"]
+    if asked not in (None, method) and options and own is None:
+        raise ValueError(
+            "adjoint_options must be given too where adjoint_method is not method and options are given: they can't be "
+            "inferred"
+        )
+    forward = options
+    method, own = check(asked or method, {k: v for k, v in options.items() if k != "norm"} if own is None else own)
+    if method not in (*ADAPTIVE, *FIXED):
+        raise ValueError(f"adjoint_method {method!r} can't solve backwards here; use {', '.join((*ADAPTIVE, *FIXED))}")
+    how = {name: _one_tolerance(f"adjoint_{name}", given[f"adjoint_{name}"]) for name in ("rtol", "atol")}
+    inherited = [x for x, one in zip(tolerances, how.values(), strict=True) if one is None]
+    how["seminorm"] = "norm" in own
+    if how["seminorm"] and own["norm"] != "seminorm":
+        raise ValueError(
+            f"option 'norm' of the adjoint must be 'seminorm' or absent, got {own['norm']!r}. A function of "
+            "(vjp_t, y, adj_y, *params) can't be used: vjp_t is no part of the state here, and params come in no fixed "
+            "order. The norm in options measures y and adj_y"
+        )
+    own.pop("norm", None)
+    numbers_alone = not any(isinstance(x, Tensor | tuple) for x in inherited)
+    if method in FIXED:  # no error is tested: the parameters' integral by the method's own weights, where it can be had
+        how["seminorm"] = case.form.dtype.is_complex or not numbers_alone
+    if not how["seminorm"] and case.form.dtype.is_complex:
+        raise ValueError("a complex y0 needs adjoint_options={'norm': 'seminorm'}")
+    if not how["seminorm"] and not numbers_alone:
+        raise ValueError(
+            "adjoint_rtol and adjoint_atol must be given, as numbers, where rtol and atol are not numbers; or "
+            "adjoint_options={'norm': 'seminorm'}"
+        )
+    if method in FIXED:
+        how |= _fixed_backwards(case, own, event)
+    else:
+        how |= _adaptive_backwards(case, method, own, forward, event)
+    _no_others(f"adjoint_method {method}", own)
+    return nde.adjoints.Backsolve(solver=ADAPTIVE.get(method) or FIXED[method], **how)
+
+
+def _one_tolerance(name: str, value) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise TypeError(f"{name} must be a number, for y, its adjoint and the parameters alike, got {value!r}")
+    return float(value)
+
+
+def _adaptive_backwards(case: Case, method: str, options: dict, forward: dict, event: bool) -> dict:
+    """The options of `Backsolve` for an adaptive method."""
+    control = dataclasses.replace(_control(case, ADAPTIVE[method], options), norm=None)
+    sizes = _sizes(case, options, event)
+    _check_dtype(case, options.pop("dtype", None))
+    stops = _stops(case, {name: options.pop(name, None) for name in ("step_t", "jump_t", "grid_points")}, event)
+    known = _stops(case, {name: forward.get(name) for name in ("jump_t", "grid_points")}, event).get("jump_times")
+    jumps = stops.get("jump_times", case.t.new_empty(0))
+    if len(jumps) and (known is None or not bool(torch.isin(jumps, known).all())):
+        raise ValueError(
+            "option 'jump_t' of the adjoint must be among those of the solve: give options={'jump_t': ...}"
+        )
+    return {"control": control, "step_times": stops.get("step_times"), **sizes}
+
+
+def _fixed_backwards(case: Case, options: dict, event: bool) -> dict:
+    """The options of `Backsolve` for a fixed-step method, whose grid goes from every output time to the one before."""
+    build = options.get("grid_constructor")
+    own = Fixed.of(case, options, event)
+    if own.perturb:
+        raise ValueError(
+            "option 'perturb' can't be had in the backward solve; give adjoint_options without it, or an adaptive "
+            "method and its 'jump_t'"
+        )
+    if event:
+        return {"dt0": own.step_size, "max_steps": _FIXED_EVENT_STEPS}
+    parts = []
+    for i in range(len(case.t) - 1, 0, -1):
+        back = case.t.detach()[[i, i - 1]]
+        if build is not None:
+            parts.append(_built(build, case, back))
+        else:
+            parts.append(back if own.step_size is None else _even_grid(back, own.step_size, -case.direction))
+    grid = torch.cat(parts)
+    return {"dt0": float((grid[0] - grid[-1]).abs()), "max_steps": len(grid), "step_times": grid}
 
 
 # -- events ----------------------------------------------------------------------------------------------------------

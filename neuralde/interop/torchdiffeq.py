@@ -65,34 +65,46 @@ def odeint_adjoint(
     adjoint_options=None,
     adjoint_params=None,
 ):
-    """As `odeint`, at the memory of one state per step.
+    """As `odeint`, with a backward pass that needs less memory.
 
-    The backward pass makes every accepted step again (adjoint="checkpointed") and has the exact gradient of the
-    solution, where torchdiffeq solves a second equation backwards in time, whose error is its own. There are therefore
-    no tolerances, method, options and callbacks of that second equation: `adjoint_rtol`, `adjoint_atol`,
-    `adjoint_method` and `adjoint_options` are checked, and a warning says that they have no effect. Adams methods keep
-    their steps on the tape.
+    Without adjoint_rtol, adjoint_atol, adjoint_method and adjoint_options, the backward pass makes every accepted step
+    again (adjoint="checkpointed"): the exact gradient of the solution that was returned, faster than a second solve,
+    at the memory of one state per step.
+
+    With any of them it is torchdiffeq's: a second equation solved backwards in time (`nde.adjoints.Backsolve`), by that
+    method, to those tolerances. Its memory does not grow with the steps, and its gradient has an error of its own.
 
     Args:
         func: need not be an nn.Module.
         y0, t, rtol, atol, method, options, event_fn: of `odeint`.
-        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: see above.
-        adjoint_params: the only tensors that get gradients, beside y0 and t; None: all that func uses.
+        adjoint_rtol, adjoint_atol: numbers; None: rtol and atol. The adjoint is scaled to the size of the loss's
+            gradient before it meets adjoint_atol.
+        adjoint_method: an adaptive or fixed-grid method; None: method.
+        adjoint_options: options of that method; None: those of `options` but for the norm. norm="seminorm" leaves the
+            parameters out of the error test; without, the largest RMS of y, its adjoint and each parameter counts.
+        adjoint_params: the only tensors that get gradients through func, beside y0 and t; () for none. None: all that
+            func uses, where torchdiffeq has func.parameters().
+
+    Adams methods keep their steps on the tape, and "scipy_solver" has no gradients: there the options of the backward
+    solve have no effect, and a warning says so.
 
     Returns:
         As `odeint`.
 
     Raises:
-        ValueError, TypeError, NeuralDEError: as `odeint`.
+        ValueError, TypeError, NeuralDEError: as `odeint`. The latter also in the backward pass, if its solve fails.
     """
     given = {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
     given |= {"adjoint_method": adjoint_method, "adjoint_options": adjoint_options}
-    _check_adjoint(func, method, options, given)
+    callbacks = [f"callback_{name}_adjoint" for name in ("step", "accept_step", "reject_step")]
+    if found := [name for name in callbacks if hasattr(func, name)]:
+        warnings.warn(f"{', '.join(found)}: not called, for the backward pass shows its steps to nobody", stacklevel=2)
     wanted = None if adjoint_params is None else tuple(adjoint_params)
     if wanted is not None and not all(isinstance(x, Tensor) for x in wanted):
         raise TypeError("adjoint_params must hold tensors")
     wanted = wanted and tuple(x for x in wanted if x.requires_grad)
-    return _solve(Case(func, y0, t, wanted), rtol, atol, method, options, event_fn, "checkpointed")
+    adjoint = "checkpointed" if all(x is None for x in given.values()) else given
+    return _solve(Case(func, y0, t, wanted), rtol, atol, method, options, event_fn, adjoint)
 
 
 def odeint_event(
@@ -155,9 +167,12 @@ def odeint_dense(func: Callable, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=Non
     return dense_output
 
 
-def _solve(case: Case, rtol, atol, method, options, event_fn, adjoint: str):
+def _solve(case: Case, rtol, atol, method, options, event_fn, adjoint: str | dict):
+    """adjoint: a name; or the adjoint_* arguments of torchdiffeq's own."""
     method, options = _methods.check(method, options)
     rtol, atol = case.tolerance("rtol", rtol), case.tolerance("atol", atol)
+    if isinstance(adjoint, dict):
+        adjoint = _backsolve(case, method, options, (rtol, atol), event_fn is not None, adjoint)
     if event_fn is not None and method == "scipy_solver":
         raise ValueError("event_fn needs another method than 'scipy_solver', such as 'dopri5'")
     if event_fn is not None and len(case.t) != 2:
@@ -187,25 +202,11 @@ def _solve(case: Case, rtol, atol, method, options, event_fn, adjoint: str):
     return _methods.between(grid, ys, case.t, case.direction)
 
 
-def _check_adjoint(func, method, options, given: dict):
-    """Checks what torchdiffeq's backward solve would be given, and says that there is none."""
-    if given["adjoint_method"] is not None:
-        other, _ = _methods.check(given["adjoint_method"], None)
-        if other != (method or "dopri5") and options is not None and given["adjoint_options"] is None:
-            raise ValueError(
-                "adjoint_options must be given too where adjoint_method is not method and options are given: they "
-                "can't be inferred"
-            )
-    _methods.check(None, given["adjoint_options"])
-    for name in ("adjoint_rtol", "adjoint_atol"):
-        if given[name] is not None:
-            torch.as_tensor(given[name])
-    named = [name for name, value in given.items() if value is not None]
-    callbacks = (f"callback_{name}_adjoint" for name in ("step", "accept_step", "reject_step"))
-    named += [name for name in callbacks if hasattr(func, name)]
-    if named:
-        warnings.warn(
-            f"{', '.join(named)} of odeint_adjoint: no effect here, for the gradients are made without a second solve, "
-            "exactly",
-            stacklevel=3,
-        )
+def _backsolve(case: Case, method: str, options: dict, tolerances: tuple, event: bool, given: dict):
+    """torchdiffeq's adjoint, where the method of the solve can have it."""
+    if method in (*_methods.ADAPTIVE, *_methods.FIXED):
+        return _methods.backsolve(case, method, options, tolerances, event, given)
+    named = ", ".join(name for name, value in given.items() if value is not None)
+    why = "has no gradients" if method == "scipy_solver" else "keeps its steps on the tape, for exact gradients"
+    warnings.warn(f"{named} of odeint_adjoint: no effect, for method {method!r} {why}", stacklevel=4)
+    return "direct"

@@ -95,6 +95,7 @@ class Solver(TorchdynProtocol, abc.ABC):
         exponents: (beta1, beta2) that step-size control should use with this method, where the literature has tuned
             them; None for the general rule.
         history: steps before this one whose slopes a step is given as `past`.
+        transforms: whether torch.func's transforms and forward-mode AD can go through a step.
         closes: whether a step computes the slope at its end when asked to `close`. One that doesn't is given it by
             `finish`, once its step has been accepted: a rejected attempt then costs no evaluation.
     """
@@ -111,6 +112,7 @@ class Solver(TorchdynProtocol, abc.ABC):
     linearizes: bool = False
     exponents: tuple[float, float] | None = None
     history: int = 0
+    transforms: bool = True
     closes: bool = True
 
     @property
@@ -169,7 +171,7 @@ class Solver(TorchdynProtocol, abc.ABC):
 
         Args:
             snapshot: of `self.snapshot`.
-            theta: [points], the fractions of the step in [0, 1].
+            theta: [points], the fractions of the step in [0, 1]; or, without rows, [points, batch], every sample's own.
             rows: [points], the sample that each point belongs to; None: every sample at every point.
 
         Returns:

@@ -45,6 +45,7 @@ class Foreign(Solver):
 
     reports_stiffness, stability_size = False, None
     calls_per_step = 1
+    transforms = False  # torchdyn keeps its coefficients on itself, and would keep what a transform makes of them
 
     def __init__(self, solver):
         if hasattr(solver, "x_shape"):

@@ -32,8 +32,8 @@ class Implicit(Solver):
 
     def interpolate(self, snapshot: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
         """See `Solver.interpolate`."""
-        theta = theta.to(snapshot.dtype)
-        theta = theta[:, None, None] if rows is None else theta[:, None]
+        theta = theta.to(snapshot.dtype)[..., None]
+        theta = theta[..., None] if rows is None and theta.dim() == 2 else theta
         terms = snapshot if rows is None else snapshot[:, rows]
         value = terms[-1] * theta
         for term in terms[1:-1].flip(0):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import transforms
 from .base import Step, VectorField, Work
 from .implicit import Implicit, RealField, factorize, stiffness, to_complex, to_real
 from .linearize import linearize
@@ -104,16 +105,16 @@ def _newton(f: VectorField, t: Tensor, h: Tensor, start: Tensor) -> tuple[Tensor
     rounds, going = torch.zeros_like(converged, dtype=torch.int64), ~converged
     for _ in range(_ROUNDS):
         here = linearize(f, t, x, rate=False)
-        solve = factorize(here.jacobian, h)
+        solve = factorize(here.jacobian.detach(), h)
         update = solve(x - start - h * here.value)
         size, tolerance = update.abs().amax(dim=1), max(torch.finfo(start.dtype).eps ** 0.5, 2 * here.eps)
-        small = size <= tolerance * torch.maximum(x.abs(), start.abs()).amax(dim=1)
-        rounds += going
+        small = transforms.worst(size <= tolerance * torch.maximum(x.abs(), start.abs()).amax(dim=1))
+        rounds = rounds + going
         # A sample that went out of f's domain stays where it is, and is given up.
-        sound = going & torch.isfinite(size)
+        sound = going & transforms.worst(torch.isfinite(size))
         x = torch.where(sound[:, None], x - update, x)
-        converged |= sound & small
+        converged = converged | (sound & small)
         going = sound & ~small
         if not bool(going.any()):
             break
-    return x, solve, converged, rounds
+    return x.detach(), solve, converged, rounds

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .. import transforms
 from .base import VectorField
 
 
@@ -43,6 +44,8 @@ def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linear
     Raises:
         TypeError: f depends on z, but cuts autograd's graph (detach, numpy).
     """
+    if transforms.active():
+        return _transformed(f, t, z, rate)
     taped = torch.is_grad_enabled()
     inference = torch.is_inference_mode_enabled()
     with ordinary(), torch.inference_mode(False), torch.enable_grad():
@@ -66,6 +69,21 @@ def linearize(f: VectorField, t: Tensor, z: Tensor, rate: bool = True) -> Linear
             slope = slopes[0].T if own else _shared_rate(value, t, taped, eps)
     found = value, jacobian.movedim(0, 1), slope
     return Linearization(*(x if taped or x is None else x.detach() for x in found), eps)
+
+
+def _transformed(f: VectorField, t: Tensor, z: Tensor, rate: bool) -> Linearization:
+    """`linearize` by torch.func's own transforms, which those around this one go through. Always differentiable."""
+    value, back = torch.func.vjp(lambda t, z: f(f.times(t)[0], z), t, z)
+    eps = torch.finfo(value.dtype).eps
+    _, jacobian = torch.func.vmap(back)(_directions(value))
+    if not bool(transforms.physical(jacobian).any()):
+        _require_constant(f, f.times(t)[0], z, value)
+    slope = None
+    if rate:
+        # Linear in its cotangent, so that the sum over components (and samples, where they share t) comes apart again.
+        _, apart = torch.func.vjp(lambda cotangent: back(cotangent)[0].sum(), torch.zeros_like(value))
+        (slope,) = apart(torch.ones_like(value[0, 0]))
+    return Linearization(*(x if x is None else x.to(z.dtype) for x in (value, jacobian.movedim(0, 1), slope)), eps)
 
 
 class _Behind(torch.autograd.Function):
@@ -108,7 +126,8 @@ def _directions(value: Tensor) -> Tensor:
 def _require_constant(f: VectorField, now, z: Tensor, value: Tensor):
     """Raises TypeError if a value that autograd sees no z in depends on z all the same."""
     moved = f(now, z + 0.01 * (1.0 + z.abs())).to(value.dtype)
-    if not bool(torch.isclose(moved, value.detach(), rtol=1e-6, atol=0.0, equal_nan=True).all()):
+    same = torch.isclose(moved, value.detach(), rtol=1e-6, atol=0.0, equal_nan=True)
+    if not bool(transforms.physical(same).all()):
         raise TypeError(
             "a solver that takes the Jacobian of f needs an f that autograd can follow, but f depends on z in a way "
             "that it can't (detach, numpy, no_grad inside of f); write f in differentiable operations of torch, or use "

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
+
 
 class TorchdynProtocol:
     """The attributes and methods that torchdyn's loops use, for a class with the attributes of `Solver`.
@@ -71,7 +73,7 @@ class TorchdynProtocol:
         size = torch.as_tensor(dt, device=x.device).to(x.real.dtype).reshape(1)
         now = torch.as_tensor(t, device=x.device)
         slope = None if k1 is None else k1.reshape(1, -1)
-        memory = self.memory(z, taped=torch.is_grad_enabled())
+        memory = self.memory(z, taped=transforms.recording())
         field = _Flat(f, x.shape, now.shape)
         try:
             result = self.attempt(field, now.reshape(1), size, z, slope, memory, self.adaptive, self.adaptive)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import transforms
 from .base import Step, VectorField, Work
 from .implicit import Implicit, RealField, combine, factorize, stiffness, to_complex, to_real
 from .linearize import linearize
@@ -95,7 +96,7 @@ def _times(row, matrix: list[list[float]]) -> list[float]:
 @torch.inference_mode(False)  # what is kept for the next solve must not be an inference tensor
 def _abscissae(tableau: RosenbrockTableau, dtype: torch.dtype, device: torch.device) -> Tensor:
     """c, [stages, 1]."""
-    return torch.tensor(tableau.c, dtype=torch.float64).to(device=device, dtype=dtype)[:, None]
+    return transforms.physical(torch.tensor(tableau.c, dtype=torch.float64).to(device=device, dtype=dtype)[:, None])
 
 
 class Rosenbrock(Implicit):

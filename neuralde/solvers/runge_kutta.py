@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import transforms
 from .base import Solver, Step, VectorField
+from .hermite import weighted
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +126,15 @@ class _Coefficients(NamedTuple):
 @torch.inference_mode(False)  # what is kept for the next solve must not be an inference tensor
 def _coefficients(tableau: Tableau, dtype: torch.dtype, time_dtype: torch.dtype, device: torch.device):
     def tensor(values, kind=dtype):
-        # Through float64 on the CPU, so that no float32 rounding precedes the conversion.
-        return torch.tensor(values, dtype=torch.float64).to(device=device, dtype=kind)
+        # Through float64 on the CPU, so that no float32 rounding precedes the conversion. What is kept for the next
+        # solve must not be of a transform around this one.
+        return transforms.physical(torch.tensor(values, dtype=torch.float64).to(device=device, dtype=kind))
 
     def row(state, increments):
         return _Row(tensor((state, *increments)), (state, *increments))
 
     return _Coefficients(
-        c=tensor(tableau.c, time_dtype)[:, None],
+        c=tensor([[c] for c in tableau.c], time_dtype),
         a=[row(1.0, weights) for weights in tableau.a],
         b=row(1.0, tableau.b),
         error=None if tableau.error is None else row(0.0, tableau.error),
@@ -303,7 +306,4 @@ class RungeKutta(Solver):
         """See `Solver.interpolate`."""
         rate = _coefficients(self.tableau, snapshot.dtype, theta.dtype, snapshot.device).interpolant
         powers = torch.stack([theta**k for k in range(1, rate.shape[1] + 1)], dim=-1)
-        weights = torch.cat([torch.ones_like(theta)[:, None], powers @ rate.mT], dim=1).to(snapshot.dtype)
-        if rows is None:
-            return torch.einsum("ps,sbf->pbf", weights, snapshot)
-        return torch.einsum("ps,spf->pf", weights, snapshot[:, rows])
+        return weighted(torch.cat([torch.ones_like(theta)[..., None], powers @ rate.mT], dim=-1), snapshot, rows)
