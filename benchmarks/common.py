@@ -117,7 +117,8 @@ def in_turns(
     Args:
         contenders: what to call.
         rounds: measurements of each.
-        least: seconds that one measurement takes at least: quick contenders are called several times.
+        least: seconds that one measurement takes at least: quick contenders are called several times. 0: all of them
+            once, without a call to find out how quick they are.
         warmup: calls before anything is measured.
 
     Returns:
@@ -127,9 +128,11 @@ def in_turns(
     for name, call in contenders.items():
         for _ in range(warmup):
             call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(least / (time.perf_counter() - start)))
+        repeats[name] = 1
+        if least:
+            start = time.perf_counter()
+            call()
+            repeats[name] = max(1, round(least / (time.perf_counter() - start)))
     seconds = {name: [] for name in names}
     for r in range(rounds):
         shift = r % len(names)
@@ -160,15 +163,20 @@ def spread(values: list[float]) -> float:
 class AliveBytes(TorchDispatchMode):
     """Bytes of the tensors made inside of it: alive now (`alive`), and at most (`peak`).
 
+    Args:
+        apart: which tensors to count on their own as well (`alive_apart`, and `peak_apart` for their part of the peak),
+            judged as they are made; none without it.
+
     Every operation's results are seen as they are made, in the forward and in the backward pass, and a storage is
     counted once, whatever views it has, until it is freed. The numbers are those of the program alone: the same on
     every machine, in every run, whatever the allocator hands back to the system. What a kernel allocates and frees
     inside itself is not seen.
     """
 
-    def __init__(self):
+    def __init__(self, apart: Callable[[Tensor], bool] = lambda x: False):
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.alive_apart = self.peak_apart = 0
+        self._apart = apart
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -177,24 +185,29 @@ class AliveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage(), given)
+                self._count(leaf, given)
         return out
 
-    def _count(self, storage: torch.UntypedStorage, given: set[int]):
+    def _count(self, made: Tensor, given: set[int]):
+        storage = made.untyped_storage()
         key = id(storage)
         # What an operation returns of its arguments (views, in-place results) was there before: if it is not known,
         # it was made outside.
         if key in self._seen or key in given:
             return
         size = storage.nbytes()
+        size_apart = size if self._apart(made) else 0
 
         def freed(_):
             del self._seen[key]
             self.alive -= size
+            self.alive_apart -= size_apart
 
         self._seen[key] = weakref.ref(storage, freed)
         self.alive += size
-        self.peak = max(self.peak, self.alive)
+        self.alive_apart += size_apart
+        if self.alive > self.peak:
+            self.peak, self.peak_apart = self.alive, self.alive_apart
 
 
 class PeakResident:
@@ -267,9 +280,10 @@ def write(
     print(text)
 
 
-def verdict(claim: str, value: float, limit: float) -> str:
-    """'PASS' or 'FAIL', the claim, and the number that was found."""
-    return f"{'PASS' if value <= limit else 'FAIL'}: {claim}: at most {limit}, found {value:.3f}"
+def verdict(claim: str, value: float, limit: float, least: bool = False) -> str:
+    """'PASS' or 'FAIL', the claim, and the number that was found: at most the limit, or at least."""
+    holds = value >= limit if least else value <= limit
+    return f"{'PASS' if holds else 'FAIL'}: {claim}: at {'least' if least else 'most'} {limit}, found {value:.3f}"
 
 
 def _header(threads: str, peers: tuple[str, ...]) -> Iterator[str]:
