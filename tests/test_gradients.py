@@ -132,7 +132,9 @@ def test_against_direct(solver, control, adjoint):
     for quantity in reported(solver):
         for name, g in gradients(setup, one, quantity).items():
             h = gradients(setup, other, quantity)[name]
-            torch.testing.assert_close(h, g, rtol=1e-10, atol=1e-10 * float(g.abs().max()))
+            # An estimate is a small difference of stages: a few digits of it are their rounding.
+            off = 1e-9 if quantity in ("error", "stiffness") else 1e-10
+            torch.testing.assert_close(h, g, rtol=off, atol=off * float(g.abs().max()))
 
 
 @pytest.mark.parametrize("adjoint", EXACT)
