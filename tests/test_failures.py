@@ -501,7 +501,8 @@ def test_gradients_of_the_good_samples_do_not_notice_the_others(case, adjoint, n
 )
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_gradients_of_the_good_samples_with_other_solvers(case, adjoint, solver):
-    how = options(solver, 0.06)
+    # (At 1e-3 a step of bs3 ends just where f stays finite and its derivative does not: its own sample has NaN then.)
+    how = options(solver, 0.06) | {"rtol": 1e-4}
     loss = LOSSES["final"]
     z0, w = gradients(case, None, adjoint, loss, how)
     alone_z0, alone_w = gradients(case, case.good, adjoint, loss, how)
