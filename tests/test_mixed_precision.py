@@ -10,11 +10,11 @@ import math
 
 import pytest
 import torch
+from helpers import ADJOINTS, CONTROLS, SOLVERS
 from torch import nn
 from torch.func import functional_call
 
 import neuralde as nde
-from tests.helpers import ADJOINTS, CONTROLS, SOLVERS
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Units of rounding, of a gradient's norm. What a step adds to a gradient passes through two layers, forward and back,

@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 import torch
+from helpers import ADAPTIVE, ADJOINTS, CONTROLS, FIXED, SOLVERS, close, options, refused
+from problems import van_der_pol
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -15,8 +17,6 @@ import regularizers as reg
 from neuralde import transforms
 from neuralde.solvers.rosenbrock import _abscissae
 from neuralde.solvers.runge_kutta import _coefficients
-from tests.helpers import ADAPTIVE, ADJOINTS, CONTROLS, FIXED, SOLVERS, close, options, refused
-from tests.problems import van_der_pol
 
 OTHERS = [name for name in ADJOINTS if not nde.adjoints.ADJOINTS[name].transforms]
 STIFF = ["rosenbrock23", "rodas5p", "implicit_euler"]
