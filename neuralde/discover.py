@@ -404,7 +404,7 @@ class _Discovery:
             jumped = jumped | m.read(struck)
         if m.count(jumped):
             if lane.slope is not None:
-                f = p.f(lane.rows, t, m.tensor(lane.signed(lane.stop), t))
+                f = p.f(lane.rows, t, m.tensor(lane.signed(lane.stop), t), still=self.still)
                 slope = f(f.times(t)[0], lane.z)
                 lane.slope = torch.where(jumped[:, None], slope, lane.slope) if isinstance(jumped, Tensor) else slope
                 lane.calls = lane.calls + jumped

@@ -189,10 +189,6 @@ def test_gradients_are_those_of_all_states(solver, control):
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("solver", ["tsit5", "vcab3", "auto"])
 def test_events_and_jumps(solver, control):
-    if (solver, control) == ("vcab3", "joint"):
-        pytest.xfail(
-            "a known defect: past slopes of samples that ended are not those of the solve; it raises, and says so"
-        )
     events = [
         nde.Event(lambda t, z: z[:, 0] - 0.1, terminal=False),
         nde.Event(lambda t, z: z[:, 1] - 0.2, terminal=True),

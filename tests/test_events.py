@@ -655,6 +655,26 @@ def test_an_ended_sample_is_left_where_it_is(solver, adjoint):
     close(solution.final[:, 0], torch.exp(end.clamp(max=4.0)), 1e-4)
 
 
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_a_jump_of_f_does_not_move_a_sample_that_ended(solver):
+    """It stands still beside the others, in every step of theirs."""
+    level = double(0.5, 9.0)
+    solution = nde.solve(
+        nde.ODE(lambda t, z: torch.where(t > 1.0, -2.0, 1.0) + torch.sin(9 * t) + 0.0 * z),
+        torch.zeros(2, 1, dtype=torch.float64),
+        (0.0, 2.0),
+        solver=solver,
+        control="joint",
+        events=nde.Event(lambda t, z: z[:, 0] - level),
+        jump_times=[1.0],
+    )
+    where, began = solution.steps.z[:, 0, 0], solution.steps.t[:, 0]
+    assert bool((began > 1.0).any())
+    stands = where[began >= 1.0]
+    assert bool((stands == stands[0]).all())
+    close(solution.final[0], level[:1], 1e-9)
+
+
 # -- what must not pass in silence -----------------------------------------------------------------------------------
 
 
