@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from . import transforms
 from .equations import ODE
+from .graph import behind
 from .state import Layout
 
 # Vector fields whose samples were found independent of each other, and the training modes they were in: checked once.
@@ -357,18 +358,12 @@ def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Te
 
 def _spent(x: Tensor) -> bool:
     """Whether a backward pass has freed the graph of x, so that another one can't go through it."""
-    seen, todo = set(), [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in behind([x]):
         try:
             for name in _saved(type(node)):
                 getattr(node, name)
         except RuntimeError:  # what it had saved is gone
             return True
-        todo.extend(parent for parent, _ in node.next_functions)
     return False
 
 

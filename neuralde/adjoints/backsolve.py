@@ -120,7 +120,7 @@ class Backsolve(Continuous):
             wakes, jumps = (ended, -work.direction), ended.unique()[:, None]
         field, tally = AdjointField(work.field, z.shape[1], wakes=wakes), None
         if self.seminorm or not work.ends:
-            tally = lambda field: Gauss(work, field, work.add)  # noqa: E731
+            tally = functools.partial(Gauss, work, take=work.add)
         else:
             field = _WithParameters(field, work)
         stops = self.step_times

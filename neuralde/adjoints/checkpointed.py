@@ -11,6 +11,7 @@ from torch import Tensor
 from ..discover import discover
 from ..errors import NeuralDEError, Status
 from ..field import full_precision
+from ..graph import behind
 from ..grid import Grid
 from ..problem import Problem
 from ..replay import Schedule, past_at, past_of, replay_all, replay_step
@@ -18,7 +19,7 @@ from ..solvers import Past
 from ..trajectory import Trajectory
 from .base import Adjoint, Outcome, packed, plain, states_of, without_gradient
 from .binomial import blocks, limit, limited
-from .dependencies import Dependencies
+from .dependencies import Dependencies, added
 
 
 class Checkpointed(Adjoint):
@@ -175,10 +176,7 @@ def _backward(run: _Run, z0: Tensor, cotangents) -> list[Tensor]:
         if states is not None:
             back = back + states[j]
         costate = back if rows is None else costate.index_copy(0, rows, back)
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                # The first gradient may share memory with a cotangent; the sum's own memory begins with the second.
-                sums[i] = gradient if sums[i] is None else sums[i] + gradient
+        sums = added(sums, gradients)
     if len(grid):
         run.uses.require_all(sums)
     return [costate, *sums]
@@ -260,13 +258,8 @@ def _one_behind_another(tensors: list[Tensor]) -> bool:
     leaves = {id(x) for x in tensors if x.is_leaf}
     nodes = {x.grad_fn for x in tensors if x.grad_fn is not None}
     for x in tensors:
-        seen, todo = set(), [parent for parent, _ in x.grad_fn.next_functions] if x.grad_fn is not None else []
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node in nodes or (hasattr(node, "variable") and id(node.variable) in leaves):
+        for node in behind([x]):
+            known = node in nodes or (hasattr(node, "variable") and id(node.variable) in leaves)
+            if known and node is not x.grad_fn:
                 return True
-            todo.extend(parent for parent, _ in node.next_functions)
     return False

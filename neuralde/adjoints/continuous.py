@@ -41,7 +41,7 @@ from ..solvers import Foreign, Solver
 from ..trajectory import Counts, Trajectory
 from .base import Adjoint, Outcome, packed, plain, states_of, without_gradient
 from .binomial import limited
-from .dependencies import Dependencies
+from .dependencies import Dependencies, added
 
 
 class Continuous(Adjoint):
@@ -375,17 +375,14 @@ class Backward:
                 return costate
         elif bool(begin == end):
             return costate
-        ahead, reach = self._of(begin)[self.looks.sample], self._of(end)[self.looks.sample]
-        side = self._of(self.direction)[self.looks.sample]
-        at = self.looks.t * side
-        inside = self.looks.only((at < ahead * side) & (at > reach * side))
-        if resets is not None:
-            at, side = resets.t * self._of(self.direction)[resets.sample], self._of(self.direction)[resets.sample]
-            resets = resets.only(
-                (at < self._of(begin)[resets.sample] * side) & (at > self._of(end)[resets.sample] * side)
-            )
+
+        def between(looks: Looks) -> Looks:
+            side, at = self._of(self.direction)[looks.sample], looks.sample
+            t = looks.t * side
+            return looks.only((t < self._of(begin)[at] * side) & (t > self._of(end)[at] * side))
+
         field = field.on(rows)
-        impulses = Impulses(field, inside, resets, rows, self.joint)
+        impulses = Impulses(field, between(self.looks), resets and between(resets), rows, self.joint)
         p, plan = self.problem, self.plan
 
         def pick(x, dim=0):
@@ -422,6 +419,7 @@ class Backward:
         self.counts = Counts(*(total.index_add(0, everyone, more.expand(len(everyone))) for total, more in pairs))
         found = field.unpack(trajectory.final)
         costate = found if rows is None else costate.index_copy(0, rows, found)
+        ahead, reach = (self._of(x)[self.looks.sample] for x in (begin, end))
         return self.looks.only((self.looks.t == reach) & (reach != ahead)).onto(costate)
 
     def latest(self) -> Tensor:
@@ -461,11 +459,7 @@ class Backward:
             if not slope.requires_grad:
                 return
             found = torch.autograd.grad(slope, self.ends, cotangent, allow_unused=True)
-        for i, gradient in enumerate(found):
-            if gradient is not None:
-                # The first gradient may share memory with a cotangent; the sum's own memory begins with the second.
-                known = self.sums[i]
-                self.sums[i] = gradient if known is None else known + gradient
+        self.sums = added(self.sums, found)
 
 
 class Impulses:

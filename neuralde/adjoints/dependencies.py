@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import NeuralDEError
 from ..field import Field, Substitute, closed_over, reachable
+from ..graph import behind
 from ..problem import Problem
 
 
@@ -108,16 +109,13 @@ class Dependencies:
             )
 
 
+def added(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums with one more part of each gradient; None is nothing."""
+    # The first part may share memory with a cotangent; the sum's own memory begins with the second.
+    return [x if g is None else g if x is None else x + g for x, g in zip(sums, gradients, strict=True)]
+
+
 def _leaves(values: Sequence[Tensor], stops: set) -> dict[int, Tensor]:
     """The leaves of the graph between some tensors and some nodes, by their ids."""
-    found, seen = {}, {*stops}
-    todo = [x.grad_fn for x in values]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        todo.extend(parent for parent, _ in node.next_functions)
-    return found
+    leaves = (node.variable for node in behind(values, stops) if hasattr(node, "variable"))
+    return {id(x): x for x in leaves}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -52,7 +53,7 @@ class Interpolating(Continuous):
 
     def sweep(self, work: Backward) -> Tensor:
         """See `Continuous.sweep`."""
-        return along(work, lambda field: Gauss(work, field, work.add))
+        return along(work, functools.partial(Gauss, work, take=work.add))
 
 
 def along(work: Backward, tally: Callable[[AdjointField], Tally]) -> Tensor:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import transforms
+from ..graph import behind
 from .base import VectorField
 
 
@@ -104,16 +105,8 @@ class _Behind(torch.autograd.Function):
 
 def _reaches_others(value: Tensor, own: tuple[Tensor, ...]) -> bool:
     """Whether the graph behind a value has a leaf beside its own ones: without, nobody can want its gradient."""
-    seen, todo = set(), [value.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad" and not any(node.variable is x for x in own):
-            return True
-        todo.extend(parent for parent, _ in node.next_functions)
-    return False
+    leaves = (node.variable for node in behind([value]) if type(node).__name__ == "AccumulateGrad")
+    return any(all(leaf is not x for x in own) for leaf in leaves)
 
 
 def _directions(value: Tensor) -> Tensor:
