@@ -30,9 +30,10 @@ _MESSAGES = {
     Status.SUCCESS: "the solve reached its end",
     Status.STEP_SIZE_UNDERFLOW: (
         "the error test still failed at a step size of dt_min, or of what t's floating-point precision resolves. This "
-        "usually means an f that is discontinuous (pass jump_times) or stiff (try solver='auto' or 'rodas5p'), or "
-        "tolerances below the state's precision. Try larger rtol/atol, a float64 state, a smaller dt_min, a smoother "
-        "or regularized f (regularizers.GlobalStiffness, regularizers.LocalStiffness), or a fixed-step solver with dt0"
+        "usually means a solution that goes to infinity, an f that is discontinuous (pass jump_times) or stiff (try "
+        "solver='auto' or 'rodas5p'), or tolerances below the state's precision. Try larger rtol/atol, a float64 "
+        "state, a smaller dt_min, a smoother or regularized f (regularizers.GlobalStiffness, "
+        "regularizers.LocalStiffness), or a fixed-step solver with dt0"
     ),
     Status.NON_FINITE: (
         "f returned NaN or infinity, the state overflowed, or an implicit method's iteration did not converge, and "
@@ -120,7 +121,7 @@ def failure(status, t, dt, error, stiffness, joint: bool, solver: str, stability
     if not joint and len(failed) > _SHOWN:
         lines.append(f"  and {len(failed) - _SHOWN} more")
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
-    stiff = _stiff(columns, solver, stability_size)
+    stiff = _stiff(kinds, columns, solver, stability_size)
     # A budget that ran out needs no other explanations then.
     said = {kind: _BUDGET if stiff and kind is Status.MAX_STEPS else kind.message for kind in dict.fromkeys(kinds)}
     advice = "; ".join(f"{kind.name.lower()}: {text}" for kind, text in said.items())
@@ -134,10 +135,14 @@ _BUDGET = (
 )
 
 
-def _stiff(columns: list[list[float]], solver: str, stability_size: float | None) -> str:
-    """What the stiffness says: steps as large as stability allows are not as large as accuracy does."""
+def _stiff(kinds: list[Status], columns: list[list[float]], solver: str, stability_size: float | None) -> str:
+    """What the stiffness says: steps as large as stability allows are not as large as accuracy does.
+
+    That costs steps. Where the step size falls without end it is accuracy that is missing, near a pole as a rule.
+    """
     _, dt, _, stiffness = columns
-    sizes = [abs(h * s) for h, s in zip(dt, stiffness, strict=True) if math.isfinite(h * s)]
+    ran_out = (kind is Status.MAX_STEPS for kind in kinds)
+    sizes = [abs(h * s) for h, s, slow in zip(dt, stiffness, ran_out, strict=True) if slow and math.isfinite(h * s)]
     if stability_size is None or not sizes or max(sizes) < 0.5 * stability_size:
         return ""
     return (
