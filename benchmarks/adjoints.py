@@ -100,12 +100,13 @@ LOSSES = ("plain", "LocalError", "GlobalError")
 
 @dataclass(frozen=True)
 class Size:
-    """Of a problem: `features`-`width`-`width`-`features` network, `batch` samples."""
+    """Of a problem: `features`-`width`-`width`-`features` network, weights times `scale`, `batch` samples."""
 
     batch: int
     features: int
     width: int
     dtype: torch.dtype
+    scale: float = 1.0
 
     @property
     def state(self) -> int:
@@ -113,7 +114,7 @@ class Size:
         return self.batch * self.features * self.dtype.itemsize
 
 
-LARGE, SMALL = Size(512, 64, 256, torch.float32), Size(8, 4, 32, torch.float64)
+LARGE, SMALL = Size(512, 64, 256, torch.float32), Size(8, 4, 32, torch.float64, scale=4.0)
 LAYERS = 3
 
 
@@ -124,6 +125,8 @@ def problem(
     torch.manual_seed(0)
     ends = size.features, size.width, size.width, size.features
     linear = [nn.Linear(a, b) for a, b in itertools.pairwise(ends)]
+    for p in itertools.chain(*(x.parameters() for x in linear)):
+        p.data *= size.scale
     net = nn.Sequential(linear[0], nn.Tanh(), linear[1], nn.Tanh(), linear[2]).to(size.dtype)
     options = {"solver": solver, "control": FIXED, "dt0": 1.0 / steps, "rtol": TOLERANCE, "atol": TOLERANCE}
     layer = nde.NeuralODE(net, adjoint=adjoint, **options).to(device)
@@ -254,7 +257,7 @@ def directions(count: int = 8) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def differences(h: float = 5e-3) -> Tensor:
+def differences(h: float = 5e-4) -> Tensor:
     """Derivatives of the plain loss in the `directions`, by fourth-order central differences of an accurate solve.
 
     Its steps are fixed: the loss is a smooth function then.
@@ -487,8 +490,9 @@ def described(measured: dict, device: str, backward: str) -> Iterator[str]:
         yield f"time: the same problem, {device}; medians over rounds: {rounds}"
     if "gradients" in measured:
         yield (
-            f"gradients, of the parameters and z0: {net.format(SMALL)}, float64; relative errors: in random directions "
-            "against fourth-order central differences of an accurate solve, and in norm against direct, the same steps"
+            f"gradients, of the parameters and z0: {net.format(SMALL)}, float64, weights times {SMALL.scale:g}; "
+            "relative errors: in random directions against fourth-order central differences of an accurate solve, "
+            "and in norm against direct, the same steps"
         )
 
 
