@@ -13,6 +13,7 @@ from torch import Tensor
 from .equations import required_arguments
 from .errors import NeuralDEError
 from .field import Field
+from .graph import without_gradient
 from .solvers.linearize import ordinary
 from .state import Layout
 
@@ -305,16 +306,9 @@ class _Moved(torch.autograd.Function):
                 "zero, or autograd can't follow it (detach, sign, numpy inside of the condition)"
             )
         back = -g / torch.where(rate == 0, 1.0, rate)
-        return _Once.apply(back, value, z) if torch.is_grad_enabled() else back, None, None, None
+        if torch.is_grad_enabled():
+            back = without_gradient(back, [value, z], _FIRST_ONLY)
+        return back, None, None, None
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that can't be differentiated; value and z are what it depends on beside."""
-
-    @staticmethod
-    def forward(ctx, g: Tensor, value: Tensor, z: Tensor) -> Tensor:
-        return g.clone()
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        raise NeuralDEError("an event's time and state have first derivatives only: their gradient has none")
+_FIRST_ONLY = "an event's time and state have first derivatives only: their gradient has none"

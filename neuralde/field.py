@@ -110,8 +110,13 @@ class Field:
             t, z: where the solve starts.
             t_other: other times of the horizon, shaped like t.
         """
-        before = _generator_states(self.layout.device)
+        before, version = _generator_states(self.layout.device), _version(z)
         derivative = self._call(self.times(t)[0], z, self.args)
+        if _version(z) != version:
+            raise ValueError(
+                "f changes its argument z in place, which changes the solution itself; let it work on new tensors "
+                "(z.clamp(...) in place of z.clamp_(...), torch.cat or torch.where in place of z[...] = ...)"
+            )
         # A copy: f may return a buffer of its own that its next call overwrites, as a captured graph does.
         flat = self.layout.pack_derivative(derivative, len(z), self._autocast is not None).clone()
         after = _generator_states(self.layout.device)
@@ -220,6 +225,11 @@ class Field:
         except Exception:  # no values for f: what it reads can't be told
             return True
         return _differ(out[parity::2], full[parity::2], 64 * torch.finfo(self.layout.dtype).eps)
+
+
+def _version(z: Tensor) -> int:
+    """How often a tensor was written to; of one made in inference mode nobody knows."""
+    return 0 if z.is_inference() else z._version
 
 
 def instants(t: Tensor, c: Tensor | None, dt: Tensor | None) -> Tensor:

@@ -1,10 +1,13 @@
-"""Autograd's graph, as those walk it who look for what a value depends on."""
+"""Autograd's graph: a walk through it, and the places where it ends with an error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
+
+from .errors import NeuralDEError
 
 
 def behind(values: Iterable[Tensor], stops: Iterable = ()) -> Iterator:
@@ -17,3 +20,22 @@ def behind(values: Iterable[Tensor], stops: Iterable = ()) -> Iterator:
         seen.add(node)
         yield node
         todo.extend(parent for parent, _ in node.next_functions)
+
+
+def without_gradient(value: Tensor, like: Sequence[Tensor], message: str) -> Tensor:
+    """The value, as a part of the graph that some tensors belong to; to differentiate it raises NeuralDEError.
+
+    A gradient that can't be had must not look like one that is zero.
+    """
+    return _WithoutGradient.apply(value, message, *like) if any(x.requires_grad for x in like) else value
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, message: str, *like: Tensor) -> Tensor:
+        ctx.message = message
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):
+        raise NeuralDEError(ctx.message)

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import transforms
 from .adjoints.base import Outcome
+from .errors import NeuralDEError
 from .events import Occurrences, gather
+from .graph import without_gradient
 from .problem import Problem
 
 
@@ -78,8 +81,7 @@ def shift_start(problem: Problem, z0: Tensor, times: Tensor) -> Tensor:
         return z0
     with torch.no_grad():
         slope = problem.field(problem.field.times(problem.first_instant)[0], z0)
-    start = times[0].expand(len(z0))
-    return z0 - (start - start.detach())[:, None].to(z0.dtype) * slope
+    return _moved(z0, times[0], -slope)
 
 
 def shift_outputs(problem: Problem, zs: Tensor, times: Tensor, gone: Tensor | None = None) -> Tensor:
@@ -91,9 +93,42 @@ def shift_outputs(problem: Problem, zs: Tensor, times: Tensor, gone: Tensor | No
         slope = _slope_at(problem, t.detach(), z.detach(), zs[0].detach())
         if gone is not None:
             slope = torch.where(gone[i][:, None], 0.0, slope)
-        t = t.expand(len(z))
-        moved.append(z + (t - t.detach())[:, None].to(z.dtype) * slope)
+        moved.append(_moved(z, t, slope))
     return torch.stack(moved)
+
+
+def _moved(z: Tensor, t: Tensor, slope: Tensor) -> Tensor:
+    """States that move along with times: z itself, with the derivative `slope` by t ([groups])."""
+    t = t.expand(len(z))
+    if not transforms.active():
+        return _Moved.apply(z, t, slope)
+    if transforms.order() > 1 and transforms.derived(t):
+        raise NeuralDEError(_FIRST_ONLY)
+    return z + (t - t.detach())[:, None].to(z.dtype) * slope
+
+
+_FIRST_ONLY = (
+    "the gradient of t has first derivatives only: no second derivative goes through the start, the end or an output "
+    "time of a solve. Give t as numbers where second derivatives by other things are wanted; for those by the length "
+    "of the solve, let it be a factor of f in args, with t fixed"
+)
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, t: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(z, t, slope)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        z, t, slope = ctx.saved_tensors
+        rate = (g * slope.conj()).real.sum(dim=1).to(t.dtype)
+        if torch.is_grad_enabled():
+            # Both depend on z and t by derivatives of f that nobody has taken.
+            rate = without_gradient(rate, [g, z, t], _FIRST_ONLY)
+            g = g + without_gradient(torch.zeros_like(g), [t], _FIRST_ONLY)
+        return g, rate, None
 
 
 @torch.no_grad()

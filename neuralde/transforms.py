@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 try:
     from torch._C._functorch import (
+        TransformType,
+        get_interpreter_stack,
         get_unwrapped,
         is_batchedtensor,
         is_functorch_wrapped_tensor,
@@ -38,6 +40,13 @@ def _dual() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
+def order() -> int:
+    """How many derivatives the transforms around what runs now take of it."""
+    kinds = [level.key() for level in get_interpreter_stack() or ()]
+    reverse, forward = kinds.count(TransformType.Grad), kinds.count(TransformType.Jvp)
+    return reverse + max(forward, _dual())  # jvp is made of forward mode
+
+
 def recording() -> bool:
     """Whether operations may be recorded or transformed, and must leave their operands as they are: no `out=`."""
     return torch.is_grad_enabled() or active()
@@ -50,9 +59,14 @@ def wrapped(x: Tensor) -> bool:
 
 def derived(x: Tensor) -> bool:
     """Whether something may be differentiated by x."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return True
-    return wrapped(x) or (_dual() and forward_ad.unpack_dual(x).tangent is not None)
+    if not wrapped(x):
+        following = x.requires_grad and torch.is_grad_enabled()
+        return following or (_dual() and forward_ad.unpack_dual(x).tangent is not None)
+    while wrapped(x):
+        if x.requires_grad or _dual():  # what forward mode follows on a lower level can't be seen
+            return True
+        x = get_unwrapped(x)
+    return x.requires_grad
 
 
 def require_shared(name: str, x: Tensor):

@@ -428,3 +428,65 @@ def test_cuda_f_on_another_device():
 def test_cuda_state_on_two_devices():
     with refused(ValueError, "z0", "device", "cuda"):
         solve(z0=(torch.ones(3), torch.ones(3, device="cuda")))
+
+
+# -- what f does beside returning dz/dt --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("taped", [True, False])
+def test_f_that_changes_z_in_place_is_refused(adjoint, taped):
+    z0 = torch.tensor([[-1.0, 1.0]], requires_grad=taped)
+    for f, start in ((lambda t, z: -z.clamp_(min=0.0), z0), (lambda t, z: (z[0].neg_(), z[1]), (z0, z0))):
+        with refused(ValueError, "changes its argument z in place"):
+            nde.solve(nde.ODE(f), start, (0.0, 1.0), adjoint=adjoint)
+
+
+def remembered(case):
+    """f that remembers what it was called with first, or something made from it."""
+    kept = []
+
+    def f(t, z):
+        if not kept:
+            kept.append(z if case == "z" else torch.tanh(z))
+        return -z * kept[0][: len(z)]
+
+    return nde.ODE(f)
+
+
+@pytest.mark.parametrize("adjoint", [x for x in ADJOINTS if x != "direct"])
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("case", ["z", "computed"])
+def test_f_that_remembers_its_first_state_is_refused(adjoint, control, case):
+    z0 = torch.ones(3, 1, requires_grad=True)
+    solution = nde.solve(remembered(case), z0, (0.0, 1.0), adjoint=adjoint, control=control)
+    with refused(nde.NeuralDEError, "what it remembers of z", "through args", "adjoint='direct'"):
+        solution.final.sum().backward()
+    # Nobody wants that part of the gradient where z0 has none.
+    w = torch.ones(1, requires_grad=True)
+    kept, more = remembered(case).f, {"adjoint": adjoint, "control": control}
+    nde.solve(nde.ODE(lambda t, z: w * kept(t, z)), torch.ones(3, 1), (0.0, 1.0), **more).final.sum().backward()
+    assert float(w.grad) < -0.1
+
+
+def test_a_cache_of_z_has_its_gradient_under_direct():
+    z0 = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    solution = nde.solve(remembered("z"), z0, (0.0, 1.0), adjoint="direct", rtol=1e-8, atol=1e-8)
+    solution.final.sum().backward()
+    # z(1) = z0·exp(-z0)
+    assert float(z0.grad.abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("adjoint", ["checkpointed", "backsolve", "interpolating"])
+def test_f_that_keeps_a_computed_tensor_between_evaluations_is_refused(adjoint):
+    """(At the end of the horizon "quadrature" evaluates f once: nothing is gone through twice.)"""
+    w, kept = torch.ones(1, requires_grad=True), []
+
+    def f(t, z):
+        if not kept:
+            kept.append(torch.exp(w))
+        return -z * kept[0]
+
+    solution = nde.solve(nde.ODE(f), torch.ones(2, 1), (0.0, 1.0), adjoint=adjoint, rtol=1e-6)
+    with refused(nde.NeuralDEError, "kept", "through args"):
+        solution.final.sum().backward()

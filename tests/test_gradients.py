@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from helpers import CONTROLS, EXACT, SOLVERS, refused
 from torch import nn
 
 import neuralde as nde
+import regularizers as reg
 
-SOLVERS = list(nde.solvers.SOLVERS)
-EXACT = [name for name, adjoint in nde.adjoints.ADJOINTS.items() if adjoint.exact]
-CONTROLS = ["per_sample", "joint"]
 BATCH, SIZE = 4, 3
 TIMES = (0.0, 0.33, 0.71, 1.6)
 QUERY = (0.2, 1.1)
@@ -176,6 +175,25 @@ def test_times_get_the_gradient_of_the_continuous_solution(adjoint, control):
 
 
 @pytest.mark.parametrize("adjoint", EXACT)
+@pytest.mark.parametrize("which", ["end", "start", "output"])
+def test_second_derivatives_by_times_are_refused(adjoint, which):
+    """Also the mixed ones, whichever comes first; those by other things go through a solve with such times."""
+    times = [torch.tensor(x, dtype=torch.float64) for x in (0.0, 0.4, 1.0)]
+    t = times[{"start": 0, "output": 1, "end": 2}[which]].requires_grad_()
+    z0 = torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)
+    solution = nde.solve(nde.ODE(lambda t, z: -(z**2)), z0, torch.stack(times), adjoint=adjoint, rtol=1e-8, atol=1e-8)
+    for loss in (solution.zs.square().sum(), solution.zs.sum()):
+        by_z, by_t = torch.autograd.grad(loss, [z0, t], create_graph=True)
+        for first, second in ((by_t, t), (by_t, z0), (by_z, t)):
+            with refused(nde.NeuralDEError, "the gradient of t has first derivatives only"):
+                torch.autograd.grad(first.sum(), second, retain_graph=True)
+    (second,) = torch.autograd.grad(by_z.sum(), z0)
+    at = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)  # z = z0 / (1 + z0·t), of the sum over t
+    exact = (-2 * at / (1 + 2 * at) ** 3).sum()
+    torch.testing.assert_close(second.sum(), exact, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("adjoint", EXACT)
 def test_query_times_are_differentiable(adjoint):
     z0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
     solution = nde.solve(nde.ODE(lambda t, z: -2 * z), z0, (0.0, 1.0), adjoint=adjoint, rtol=1e-9, atol=1e-9)
@@ -203,6 +221,21 @@ def test_double_backward(adjoint):
         return (solution.final**2).sum()
 
     assert torch.autograd.gradgradcheck(value, setup.z0.detach().requires_grad_(), atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [reg.GlobalError(), reg.GlobalStiffness()], ids=["error", "stiffness"])
+def test_double_backward_of_figures_where_samples_make_different_numbers_of_steps(penalty):
+    found = []
+    for adjoint in EXACT:
+        z0 = torch.tensor([[0.01], [1.0], [2.0], [20.0]], dtype=torch.float64).repeat(1, SIZE).requires_grad_()
+        f = nde.ODE(lambda t, z: torch.sin(z) @ SPIN)
+        solution = nde.solve(f, z0, (0.0, 1.0), rtol=1e-6, atol=1e-6, adjoint=adjoint)
+        assert len(solution.stats.accepted.unique()) > 1
+        (first,) = torch.autograd.grad(penalty(solution), z0, create_graph=True)
+        found += torch.autograd.grad(first.square().sum(), z0)
+    for second in found:
+        assert float(second.abs().min()) > 0.0
+        torch.testing.assert_close(second, found[0], rtol=1e-5, atol=1e-5 * float(found[0].abs().max()))
 
 
 def test_double_backward_refuses_what_it_cannot_tell_apart():

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..errors import NeuralDEError
 from ..grid import Grid
 from ..problem import Problem
 from ..solvers import Solver
@@ -120,22 +119,3 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent: Tensor):
         return cotangent, None
-
-
-def without_gradient(value: Tensor, like: Tensor, message: str) -> Tensor:
-    """The value, as a part of the graph that `like` belongs to; a backward pass that reaches it raises NeuralDEError.
-
-    A gradient that can't be had must not look like one that is zero.
-    """
-    return _WithoutGradient.apply(value, like, message) if like.requires_grad else value
-
-
-class _WithoutGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor, like: Tensor, message: str) -> Tensor:
-        ctx.message = message
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx, cotangent: Tensor):
-        raise NeuralDEError(ctx.message)

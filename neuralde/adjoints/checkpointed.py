@@ -11,13 +11,13 @@ from torch import Tensor
 from ..discover import discover
 from ..errors import NeuralDEError, Status
 from ..field import full_precision
-from ..graph import behind
+from ..graph import behind, without_gradient
 from ..grid import Grid
 from ..problem import Problem
 from ..replay import Schedule, past_at, past_of, replay_all, replay_step
 from ..solvers import Past
 from ..trajectory import Trajectory
-from .base import Adjoint, Outcome, packed, plain, states_of, without_gradient
+from .base import Adjoint, Outcome, packed, plain, states_of
 from .binomial import blocks, limit, limited
 from .dependencies import Dependencies, added
 
@@ -66,7 +66,7 @@ class Checkpointed(Adjoint):
         outcome.error = outcome.error and (lambda: error)
         outcome.stiffness = outcome.stiffness and (lambda: stiffness)
         if states is None:
-            outcome.lost = functools.partial(without_gradient, like=final, message=_LOST)
+            outcome.lost = functools.partial(without_gradient, like=[final], message=_LOST)
         else:
             outcome.states = packed(states, run.trajectory)
         return outcome
@@ -120,9 +120,10 @@ class _Solve(torch.autograd.Function):
     def backward(ctx, *cotangents):
         z0, *_ = ctx.saved_tensors  # unpacking all of them checks that none was changed in place
         ctx.run.uses.require_same_f()
-        if torch.is_grad_enabled():
-            return None, *_differentiable_backward(ctx.run, z0, cotangents)
-        return None, *_backward(ctx.run, z0, cotangents)
+        with ctx.run.uses.followed():
+            if torch.is_grad_enabled():
+                return None, *_differentiable_backward(ctx.run, z0, cotangents)
+            return None, *_backward(ctx.run, z0, cotangents)
 
 
 def _backward(run: _Run, z0: Tensor, cotangents) -> list[Tensor]:

@@ -36,10 +36,11 @@ from ..control import Norm, StepControl
 from ..discover import discover
 from ..errors import NeuralDEError, Status, failure
 from ..field import Field, full_precision, instants, reachable
+from ..graph import without_gradient
 from ..problem import Problem, Tally
 from ..solvers import Foreign, Solver
 from ..trajectory import Counts, Trajectory
-from .base import Adjoint, Outcome, packed, plain, states_of, without_gradient
+from .base import Adjoint, Outcome, packed, plain, states_of
 from .binomial import limited
 from .dependencies import Dependencies, added
 
@@ -198,7 +199,7 @@ class _Solve(torch.autograd.Function):
                 "for double backward (create_graph=True) use adjoint='direct' or 'checkpointed'"
             )
         run.uses.require_same_f()
-        with full_precision(z0.device):
+        with full_precision(z0.device), run.uses.followed():
             work = Backward(run.adjoint, run.problem, run.uses, run.plan, run.trajectory, z0)
             gradients = work.run(*cotangents)
         run.backward = work.counts
@@ -683,7 +684,7 @@ def _unreachable(figure: Callable[[], Tensor], final: Tensor, name: str, adjoint
     penalty = {"error": "LocalError", "stiffness": "LocalStiffness"}[name]
     return without_gradient(
         figure(),
-        final,
+        [final],
         f"solution.{name} has no gradient under adjoint={adjoint!r}, whose backward solve does not go through the "
         f"steps of the solve; use adjoint='checkpointed' or 'direct', or a penalty that makes a step of its own: "
         f"regularizers.{penalty}",

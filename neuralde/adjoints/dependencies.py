@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -32,7 +33,11 @@ class Dependencies:
     def __init__(self, problem: Problem, z0: Tensor, adjoint: str):
         field = problem.field
         self.problem, self.adjoint = problem, adjoint
-        self.slope, closed, self._seen = closed_over(field, problem.first_instant, z0.detach(), problem.end)
+        self._start = start = z0.detach()
+        if z0.requires_grad:  # marked, so that it can be told where f remembers it
+            with torch.enable_grad():
+                start = self._start.requires_grad_().clone()
+        self.slope, closed, self._seen = closed_over(field, problem.first_instant, start, problem.end)
         given = [x for x in pytree.tree_leaves(field.args) if isinstance(x, Tensor) and x.requires_grad]
         # A solver may have parameters too: the network of a hypersolver.
         self.tensors = list({id(x): x for x in (*given, *closed, *reachable(problem.solver))}.values())
@@ -54,6 +59,20 @@ class Dependencies:
             "f again in the backward pass; run the backward pass before changing f, pass what changes through args, or "
             "use adjoint='direct'"
         )
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Says what is wrong where a backward pass inside of it meets what f remembers of an earlier evaluation."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise NeuralDEError(
+                "f uses a computed tensor that it made at an earlier evaluation and kept (a cache, an lru_cache, an "
+                f"attribute), and adjoint={self.adjoint!r} can't follow it; compute it outside of f and pass it "
+                "through args, compute it at every evaluation, or use adjoint='direct'"
+            ) from error
 
     def ends(self):
         """The tensors as ends of the graphs that a backward pass makes.
@@ -102,6 +121,12 @@ class Dependencies:
         if not strange:
             return
         for key in strange & _leaves(again(), stops).keys():
+            if first[key] is self._start:
+                raise NeuralDEError(
+                    "f uses what it remembers of z at the start of the solve (a cache, an attribute, a list), and "
+                    f"adjoint={self.adjoint!r} has no gradient for it; pass it through args, where its gradient is "
+                    "added to that of z0, or use adjoint='direct'"
+                )
             raise NeuralDEError(
                 f"f uses a tensor of shape {tuple(first[key].shape)} that wants a gradient, but it was not used at the "
                 f"start of the solve, nor found in what f closes over or holds, so adjoint={self.adjoint!r} has no "

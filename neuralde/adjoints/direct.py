@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..discover import discover
+from ..grid import Record
 from ..problem import Problem
 from ..trajectory import Trajectory
 from .base import Adjoint, Outcome, plain
@@ -43,14 +44,26 @@ class Direct(Adjoint):
 def _errors(problem: Problem, trajectory: Trajectory) -> Tensor:
     parts = []
     for r in trajectory.records:
-        error = r.lens.error
-        if problem.norm.measure is not None and r.accepted is not None:
-            # A finished sample has no error, where a norm need not have a derivative; zero times that is NaN.
-            error = torch.where(r.accepted[:, None], error, 1.0)
+        (error,) = _moving(r, (r.lens.error, 1.0))
         parts.append(problem.ratio(error, r.z, r.lens.z, r.rows))
     return trajectory.grid.gather(parts, problem.start)
 
 
 def _stiffnesses(problem: Problem, trajectory: Trajectory) -> Tensor:
-    parts = [problem.stiffness(r.lens, r.dt) for r in trajectory.records]
+    parts = []
+    for r in trajectory.records:
+        lens = r.lens
+        if lens.pair is not None:
+            lens = lens._replace(pair=_moving(r, *zip(lens.pair, (1.0, 0.0, 1.0, 0.0), strict=True)))
+        parts.append(problem.stiffness(lens, r.dt))
     return trajectory.grid.gather(parts, problem.start)
+
+
+def _moving(record: Record, *pairs: tuple[Tensor, float]) -> tuple[Tensor, ...]:
+    """Quantities of an attempt, with numbers in place of those of the samples that it did not move.
+
+    A finished sample's error is zero, where a norm has no derivative or no second one; zero times that is NaN.
+    """
+    if record.accepted is None:
+        return tuple(x for x, _ in pairs)
+    return tuple(torch.where(record.accepted[:, None], x, number) for x, number in pairs)
