@@ -57,6 +57,9 @@ class GlobalError(_Global):
 
     Differentiable under adjoint "direct" and "checkpointed", at the latter's memory.
 
+    In float32, an error ratio below about 1e-7/rtol is rounding noise, and so is its gradient: use float64 for the
+    layer, a looser tolerance, or `GlobalStiffness` (docs/why-is-it-slow.md has numbers).
+
     Source: thesis chapter 5; Pal et al. 2021, "Opening the Blackbox".
     """
 
@@ -177,6 +180,9 @@ class LocalError(_Local):
             before it. The published code cuts it.
         solver: another method for the probe step than the solution's.
         generator: a torch.Generator to draw the times from.
+
+    In float32, an error ratio below about 1e-7/rtol is rounding noise, and so is its gradient: on an easy problem use
+    float64 for the layer, or `LocalStiffness` (docs/why-is-it-slow.md has numbers).
 
     The published code also holds the slope at the start of the step constant; here the parameters get its gradient.
 

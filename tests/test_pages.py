@@ -1,4 +1,4 @@
-"""What the pages show works: the notebooks run, and so does the code of README and of docs/interop.md."""
+"""What the pages show works: the notebooks run, and so does the code of README and docs."""
 
 import pathlib
 import re
@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 import torch
+
+import neuralde as nde
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
@@ -52,6 +54,17 @@ def test_interop_code_runs():
         exec(block, scope)
     assert scope["y"].shape == (11, 8, 2) and scope["z"].shape == (8, 2)
     assert all(p.grad is not None for p in (*scope["f"].parameters(), *scope["correction"].parameters()))
+
+
+def test_a_side_output_is_a_component_of_the_state():
+    w = torch.tensor(0.7, requires_grad=True)
+    scope = {"nde": nde, "f": lambda t, z: -w * z, "z0": torch.ones(8, 2)}
+    (block,) = code_of("docs/which-adjoint.md")
+    exec(block, scope)
+    energy = w * (1 - torch.exp(-2 * w))  # ∫ |w·z|² dt from 0 to 1, with z = exp(-w·t) twice
+    torch.testing.assert_close(scope["penalty"], energy, rtol=1e-3, atol=0)
+    gradients = (torch.autograd.grad(x, w)[0] for x in (scope["penalty"], energy))
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=0)
 
 
 def test_interop_page_names_every_method():

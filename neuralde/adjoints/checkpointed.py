@@ -27,7 +27,8 @@ class Checkpointed(Adjoint):
 
     The exact gradient of the discrete solution, as "direct" has it, with memory that grows by one state per step; the
     price is one more evaluation of every stage. Gradients reach z0, args, the parameters of f and whatever tensors f
-    closes over, also through `solution.error` and `solution.stiffness`.
+    closes over, also through `solution.error` and `solution.stiffness`. f is taken as a function of t, z, args and
+    tensors that it holds: what it remembers of another evaluation, or collects on the side, needs "direct".
 
     With k checkpoints the memory does not grow with the steps, but for their times and figures. The solve keeps up to k
     states at equal distances, and the backward pass makes those between them again, from the last to the first, with

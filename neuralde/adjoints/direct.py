@@ -18,9 +18,10 @@ from .base import Adjoint, Outcome, plain
 class Direct(Adjoint):
     """Discretise, then differentiate, with everything on the tape.
 
-    Exact gradients of the discrete solution. Fast, and supports double backward; its memory grows by the stages times
-    the layers of f with every step. Forward-mode AD and torch.func's transforms (jvp, vmap, ...) go through it too; the
-    copies of a sample that vmap makes share its steps: the worst of them decides.
+    Exact gradients of the discrete solution. Fast, and supports double backward; its memory grows by the stages
+    times the layers of f with every step. It alone follows what f does beside its result: tensors that f remembers
+    from one evaluation to the next, or collects on the side. Forward-mode AD and torch.func's transforms (jvp,
+    vmap, ...) go through it too; the copies of a sample that vmap makes share its steps: the worst of them decides.
     """
 
     name = "direct"
