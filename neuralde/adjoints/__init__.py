@@ -26,7 +26,10 @@ __all__ = [
     "register",
 ]
 
-ADJOINTS: Registry[Adjoint] = Registry("adjoint", Adjoint)
+# Words of torchdiffeq and torchdyn whose nearest name here is another thing.
+_ELSEWHERE = {"adjoint": "backsolve", "odeint_adjoint": "backsolve", "autograd": "direct"}
+
+ADJOINTS: Registry[Adjoint] = Registry("adjoint", Adjoint, _ELSEWHERE)
 register, get = ADJOINTS.register, ADJOINTS.find
 
 for _adjoint in (Direct(), Checkpointed(), Backsolve(), Interpolating(), Quadrature()):
