@@ -146,11 +146,53 @@ def check_tolerance(name: str, value: float) -> float:
     Raises:
         TypeError, ValueError: it is not.
     """
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value}")
+    value = number(name, value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a number here, got {got}")
     if not (value > 0.0 if name == "rtol" else value >= 0.0) or not math.isfinite(value):
         raise ValueError(f"{name} must be finite and {'positive' if name == 'rtol' else 'at least 0'}, got {value}")
     return float(value)
+
+
+def number(name: str, x):
+    """A tensor without dimensions as a number, and what is none as it is.
+
+    Raises:
+        ValueError: vmap maps x, an argument of that name.
+    """
+    if not isinstance(x, Tensor) or x.dim():
+        return x
+    transforms.require_shared(name, x)
+    return x.item()
+
+
+def check_max_steps(max_steps) -> None:
+    """Raises TypeError or ValueError if that is no number of attempts."""
+    if not isinstance(max_steps, numbers.Integral) or isinstance(max_steps, bool):
+        raise TypeError(f"max_steps must be an integer, got {type(max_steps).__name__}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+
+
+def check_sizes(dt0, dt_min=None, dt_max=None) -> None:
+    """Raises TypeError or ValueError if these are no sizes and bounds of steps; None is none."""
+    for name, value in (("dt0", dt0), ("dt_min", dt_min), ("dt_max", dt_max)):
+        if value is None:
+            continue
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite (t gives the direction), got {value}")
+    if dt_min is not None and dt_max is not None and dt_min > dt_max:
+        raise ValueError(f"dt_min must be at most dt_max, got {dt_min} and {dt_max}")
+
+
+def refuse_bounds(dt_min, dt_max) -> None:
+    """Raises ValueError if there are bounds: of steps that are fixed."""
+    for name, value in (("dt_min", dt_min), ("dt_max", dt_max)):
+        if value is not None:
+            raise ValueError(f"{name} bounds adaptive steps, but every step is of the size dt0 here; leave {name} out")
 
 
 def _tolerance(name: str, value, layout: Layout) -> float | Tensor:

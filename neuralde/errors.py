@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -98,7 +99,17 @@ _TYPES = {
 _SHOWN = 5  # samples described one by one in a message; the rest are counted
 
 
-def failure(status, t, dt, error, stiffness, joint: bool, solver: str, stability_size: float | None) -> NeuralDEError:
+def failure(
+    status,
+    t,
+    dt,
+    error,
+    stiffness,
+    joint: bool,
+    solver: str,
+    stability_size: float | None,
+    messages: Mapping[Status, str] | None = None,
+) -> NeuralDEError:
     """The error that describes the failed samples.
 
     Args:
@@ -106,6 +117,7 @@ def failure(status, t, dt, error, stiffness, joint: bool, solver: str, stability
             None where the solver has no such estimate.
         joint: whether one step size served the whole batch, so that the batch fails as a whole.
         solver: its name. stability_size: |dt·λ| beyond which it is unstable, or None where it always is stable.
+        messages: in place of the statuses' own, where what was solved was not the user's problem itself.
     """
     failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
     missing = torch.full_like(dt, float("nan"))
@@ -123,7 +135,8 @@ def failure(status, t, dt, error, stiffness, joint: bool, solver: str, stability
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
     stiff = _stiff(kinds, columns, solver, stability_size)
     # A budget that ran out needs no other explanations then.
-    said = {kind: _BUDGET if stiff and kind is Status.MAX_STEPS else kind.message for kind in dict.fromkeys(kinds)}
+    messages = messages or _MESSAGES | ({Status.MAX_STEPS: _BUDGET} if stiff else {})
+    said = {kind: messages[kind] for kind in dict.fromkeys(kinds)}
     advice = "; ".join(f"{kind.name.lower()}: {text}" for kind, text in said.items())
     message = f"{count} failed.{stiff}\n" + "\n".join(lines) + f"\n{advice}."
     return _TYPES[kinds[0]](message, failed, *columns)

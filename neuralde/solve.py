@@ -8,6 +8,7 @@ import math
 import numbers
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def solve(
     dz(t1)/dt1 = f(t1, z(t1)), and for t0 those of a start shifted by -f(t0, z0)·dt0; first derivatives only.
     """
     steps = {"dt0": dt0, "dt_min": dt_min, "dt_max": dt_max, "max_steps": max_steps}
-    steps = {name: _number(name, x) for name, x in steps.items()}
+    steps = {name: _control.number(name, x) for name, x in steps.items()}
     stops = {"jump_times": jump_times, "step_times": step_times}
     return _untraced(_solve)(
         equation, z0, t, solver, (rtol, atol), control, adjoint, args, steps, stops, events, observer, dense, on_failure
@@ -115,25 +116,21 @@ def _solve(
         hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
         raise TypeError(f"equation must be an nde.ODE, got {type(equation).__name__}{hint}")
     layout = Layout.of(z0)
-    solver, control, adjoint = solvers.get(solver), _control.get(control), adjoints.get(adjoint)
-    _check_steps(**steps)
+    max_steps, *sizes = (steps[name] for name in ("max_steps", "dt0", "dt_min", "dt_max"))
+    _control.check_max_steps(max_steps)
+    _control.check_sizes(*sizes)
+    dt0, *bounds = sizes
+    solver, control, adjoint = chosen(solver, control, adjoint, dt0)
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
     events = parse_events(events)
     if transforms.active():
         _require_transformable(adjoint, solver, events)
-    dt0 = steps["dt0"]
-    if control.adaptive and not solver.adaptive:
-        control = _fixed(control)
-    if not control.adaptive and dt0 is None:
-        raise ValueError(f"dt0 is needed: solver {solver.name!r} takes fixed steps, of size dt0; pass e.g. dt0=0.1")
-    if control.adaptive and solver.error_order is None:
-        raise ValueError(f"solver {solver.name!r} has no error estimate; use StepControl(adaptive=False) with dt0")
     joint = not control.per_sample
     ts, times = _times(t, layout, joint)
     jumps, stops = (_stops(name, x, layout, joint) for name, x in stops.items())
     if not control.adaptive:
-        _refuse_bounds(**steps)
+        _control.refuse_bounds(*bounds)
 
     flat, constant = layout.pack_start(z0), times.detach()
     if not any(isinstance(x, Tensor) and transforms.derived(x) for x in (t if isinstance(t, tuple | list) else [t])):
@@ -146,10 +143,10 @@ def _solve(
         times=constant,
         norm=_control.norm(*tolerances, control, layout),
         dt0=None if dt0 is None else float(dt0),
-        max_steps=steps["max_steps"],
+        max_steps=max_steps,
         keep_stages=dense,
-        dt_min=steps["dt_min"],
-        dt_max=steps["dt_max"],
+        dt_min=bounds[0],
+        dt_max=bounds[1],
         jumps=jumps,
         stops=jumps if stops is None else stops if jumps is None else torch.cat([jumps, stops]),
         watch=Watch(events, field, layout) if events else None,
@@ -160,6 +157,25 @@ def _solve(
         _report(problem, outcome.trajectory, on_failure)
         found = outputs(problem, outcome, flat, times)
     return Solution(problem, outcome, ts, found, flat)
+
+
+def chosen(
+    solver: str | Solver, control: str | StepControl, adjoint: str | Adjoint, dt0: float | None
+) -> tuple[Solver, StepControl, Adjoint]:
+    """What these options of a solve name: (the solver, the control as it is with that solver, the adjoint).
+
+    Raises:
+        TypeError, ValueError: there is no such thing, or they don't go together.
+    """
+    solver, control, adjoint = solvers.get(solver), _control.get(control), adjoints.get(adjoint)
+    if control.adaptive and not solver.adaptive:
+        control = replace(control, adaptive=False)
+    if not control.adaptive and dt0 is None:
+        raise ValueError(f"dt0 is needed: solver {solver.name!r} takes fixed steps, of size dt0; pass e.g. dt0=0.1")
+    if control.adaptive and solver.error_order is None:
+        raise ValueError(f"solver {solver.name!r} has no error estimate; use StepControl(adaptive=False) with dt0")
+    adjoint.require(solver, control, dt0)
+    return solver, control, adjoint
 
 
 def _require_transformable(adjoint: Adjoint, solver: Solver, events: list[Event]):
@@ -196,36 +212,6 @@ def _disabled(function):
     return torch.compiler.disable(function)
 
 
-def _number(name: str, x):
-    """A tensor without dimensions as a number, and what is none as it is."""
-    if not isinstance(x, Tensor) or x.dim():
-        return x
-    transforms.require_shared(name, x)
-    return x.item()
-
-
-def _check_steps(max_steps, dt0, dt_min, dt_max):
-    if not isinstance(max_steps, numbers.Integral) or isinstance(max_steps, bool):
-        raise TypeError(f"max_steps must be an integer, got {type(max_steps).__name__}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    for name, value in (("dt0", dt0), ("dt_min", dt_min), ("dt_max", dt_max)):
-        if value is None:
-            continue
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite (t gives the direction), got {value}")
-    if dt_min is not None and dt_max is not None and dt_min > dt_max:
-        raise ValueError(f"dt_min must be at most dt_max, got {dt_min} and {dt_max}")
-
-
-def _refuse_bounds(max_steps, dt0, dt_min, dt_max):
-    for name, value in (("dt_min", dt_min), ("dt_max", dt_max)):
-        if value is not None:
-            raise ValueError(f"{name} bounds adaptive steps, but every step is dt0 = {dt0} here; leave {name} out")
-
-
 def _stops(name: str, times, layout: Layout, joint: bool) -> Tensor | None:
     """Times at which steps end, as [points, groups], or None."""
     if times is None:
@@ -247,10 +233,6 @@ def _stops(name: str, times, layout: Layout, joint: bool) -> Tensor | None:
         times = times[0]
     points = times[:, None] if times.dim() == 1 else times.T
     return points if joint else points.expand(-1, layout.batch)
-
-
-def _fixed(control: StepControl) -> StepControl:
-    return StepControl(**{**vars(control), "adaptive": False})
 
 
 def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:

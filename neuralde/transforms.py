@@ -18,6 +18,7 @@ try:
         get_unwrapped,
         is_batchedtensor,
         is_functorch_wrapped_tensor,
+        is_legacy_batchedtensor,
         maybe_get_bdim,
         peek_interpreter_stack,
     )
@@ -29,6 +30,8 @@ except ImportError:  # a torch that names them otherwise: solves work as ever, o
     def is_functorch_wrapped_tensor(x: Tensor) -> bool:
         """No tensor is known to be one."""
         return False
+
+    is_legacy_batchedtensor = is_functorch_wrapped_tensor
 
 
 def active() -> bool:
@@ -55,6 +58,11 @@ def recording() -> bool:
 def wrapped(x: Tensor) -> bool:
     """Whether a transform of torch.func is following x."""
     return is_functorch_wrapped_tensor(x)
+
+
+def batched(x: Tensor) -> bool:
+    """Whether x stands for several tensors, as the cotangents of `autograd.grad(is_grads_batched=True)` do."""
+    return is_legacy_batchedtensor(x) or wrapped(x)
 
 
 def derived(x: Tensor) -> bool:

@@ -70,11 +70,15 @@ def test_dt0(solver, value, error):
 def test_a_fixed_step_solver_needs_dt0(solver):
     with refused(ValueError, "dt0", solver):
         solve(solver=solver)
+    with refused(ValueError, "dt0", solver):
+        nde.NeuralODE(decay, solver=solver)
 
 
 def test_fixed_steps_of_an_adaptive_solver_need_dt0():
     with refused(ValueError, "dt0"):
         solve(solver="tsit5", control=nde.StepControl(adaptive=False))
+    with refused(ValueError, "dt0"):
+        nde.NeuralODE(decay, control=nde.StepControl(adaptive=False))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,31 @@ def test_an_unknown_solver_gets_the_nearest_name_and_the_whole_list():
 def test_a_misspelt_adjoint_is_recognized(adjoint):
     with refused(ValueError, "adjoint", f"did you mean {adjoint!r}", *ADJOINTS):
         solve(adjoint=adjoint[:-1])
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("adjoint", "backsolve"),
+        ("odeint_adjoint", "backsolve"),
+        ("autograd", "direct"),
+        ("interpolated_adjoint", "interpolating"),
+        ("BacksolveAdjoint", "backsolve"),
+        ("RecursiveCheckpointAdjoint", "checkpointed"),
+    ],
+)
+def test_what_other_libraries_call_an_adjoint(word, name):
+    with refused(ValueError, "adjoint", f"did you mean {name!r}"):
+        solve(adjoint=word)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_a_class_is_not_an_adjoint(name):
+    make = type(nde.adjoints.get(name))
+    with refused(TypeError, "adjoint", f"{make.__name__}()"):
+        solve(adjoint=make)
+    with refused(TypeError, "adjoint", f"{make.__name__}()"):
+        nde.NeuralODE(decay, adjoint=make)
 
 
 def test_an_unknown_control_gets_the_known_ones():

@@ -1,10 +1,12 @@
 """The adjoints that solve an equation backwards: how accurate they are, what they take in, and what they refuse."""
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
-from helpers import CONTINUOUS, CONTROLS, SOLVERS, close, refused
+from helpers import ADJOINTS, CONTINUOUS, CONTROLS, SOLVERS, close, refused
 from torch import nn
 
 import neuralde as nde
@@ -254,9 +256,17 @@ def test_the_solver_s_figures_have_no_gradient_and_say_so(adjoint, figure):
     value = getattr(solution, figure).sum()
     direct = setup.solve("direct")
     torch.testing.assert_close(value, getattr(direct, figure).sum(), rtol=1e-6, atol=0.0)
-    local = {"error": "LocalError", "stiffness": "LocalStiffness"}[figure]
-    with refused(nde.NeuralDEError, repr(adjoint), "'checkpointed'", "'direct'", local):
+    # A loss may use both, and only one of them raises.
+    both = ("solution.error", "LocalError", "solution.stiffness", "LocalStiffness")
+    with refused(nde.NeuralDEError, repr(adjoint), "'checkpointed'", "'direct'", *both):
         value.backward()
+
+
+@pytest.mark.parametrize("make", [nde.adjoints.Backsolve, nde.adjoints.Interpolating])
+def test_the_states_between_checkpoints_have_no_gradient_and_say_so(make):
+    solution = Setup().solve(make(checkpoints=2))
+    with refused(nde.NeuralDEError, repr(make(checkpoints=2)), "'interpolating'", "without checkpoints"):
+        solution(0.5).sum().backward()
 
 
 @ADJOINT
@@ -287,6 +297,68 @@ def test_second_derivatives_are_refused(adjoint):
     setup = Setup()
     with refused(nde.NeuralDEError, repr(adjoint), "'direct'", "'checkpointed'"):
         torch.autograd.grad(setup.solve(adjoint).final.sum(), setup.z0, create_graph=True)
+
+
+@ADJOINT
+@CONTROL
+@pytest.mark.parametrize("look", ["final", "zs"])
+def test_a_gradient_of_zero_is_not_missing(adjoint, control, look):
+    setup = Setup()
+    inputs = [setup.z0, setup.args, setup.leaf, *setup.net.parameters()]
+    loss = (getattr(setup.solve(adjoint, control), look) * 0.0).sum()
+    assert all(
+        g.shape == x.shape and not g.any() for x, g in zip(inputs, torch.autograd.grad(loss, inputs), strict=True)
+    )
+    # zs[0] is z0 itself.
+    found = torch.autograd.grad(setup.solve(adjoint, control).zs[0].sum(), inputs)
+    assert bool((found[0] == 1).all()) and not any(g.any() for g in found[1:])
+
+
+@ADJOINT
+@CONTROL
+def test_no_sample_arrives(adjoint, control):
+    rate = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    z0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    f = nde.ODE(lambda t, z: rate * z**2)
+    solution = nde.solve(f, z0, (0.0, 2.0), adjoint=adjoint, control=control, on_failure="ignore")
+    assert not bool(solution.converged.any())
+    found = torch.autograd.grad(solution.final[solution.converged].sum() + 0.0 * solution.final.sum(), [z0, rate])
+    assert not any(g.any() for g in found)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("checkpoints", [None, 2])
+def test_several_gradients_at_once(adjoint, checkpoints):
+    make = type(nde.adjoints.get(adjoint))
+    if checkpoints is not None and "checkpoints" not in inspect.signature(make).parameters:
+        pytest.skip("has no checkpoints")
+    chosen = make() if checkpoints is None else make(checkpoints=checkpoints)
+    setup = Setup()
+    inputs = [setup.z0, setup.args, *setup.net.parameters()]
+    final = setup.solve(chosen, tolerance=1e-5).final
+    directions = torch.randn(4, *final.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def at_once():
+        return torch.autograd.grad(final, inputs, directions, is_grads_batched=True, retain_graph=True)
+
+    def jacobian():
+        return torch.autograd.functional.jacobian(
+            lambda x: nde.solve(nde.ODE(lambda t, z: setup.net(z)), x, (0.0, 1.0), adjoint=chosen).final,
+            setup.z0.detach(),
+            vectorize=True,
+        )
+
+    if adjoint in CONTINUOUS:
+        for run in (at_once, jacobian):
+            with refused(nde.NeuralDEError, "at once", repr(adjoint), "'checkpointed'", "'direct'"):
+                run()
+        with refused(nde.NeuralDEError, "torch.func.vmap", repr(adjoint), "'direct'"):
+            torch.func.vmap(lambda x: torch.autograd.grad(final, setup.z0, x))(directions)
+        return
+    singly = [torch.autograd.grad(final, inputs, x, retain_graph=True) for x in directions]
+    for several, *single in zip(at_once(), *singly, strict=True):
+        close(several, torch.stack(single), 1e-12)
+    assert jacobian().shape == (BATCH, SIZE) * 2
 
 
 @ADJOINT
@@ -328,9 +400,11 @@ def test_options_are_used(adjoint):
     assert nfe(make(solver="dopri8"), tolerance=1e-6) != usual
     assert nfe(make(solver="rk4", dt0=0.01), tolerance=1e-6) >= 4 * 190
     setup = Setup()
-    with refused(nde.MaxStepsReached, f"backward solve of adjoint={adjoint!r}", "max_steps"):
-        stiff = make(solver="rk4", dt0=1e-4, max_steps=3)
-        setup.solve(stiff).final.sum().backward()
+    words = f"backward solve of adjoint={adjoint!r}", f"{make.__name__}(max_steps=...)", "max_steps=3", "'checkpointed'"
+    for few, change in ((make(solver="rk4", dt0=1e-4, max_steps=3), "dt0"), (make(max_steps=3, rtol=1e-12), "rtol")):
+        with refused(nde.MaxStepsReached, *words, f"({change}=...") as caught:
+            setup.solve(few).final.sum().backward()
+        assert "contracts" not in str(caught.value) and "horizon" not in str(caught.value)
     assert repr(make(rtol=1e-4, solver="bs3")) == f"{make.__name__}(rtol=0.0001, solver='bs3')"
     assert repr(make()) == f"{make.__name__}()"
 
@@ -348,8 +422,55 @@ def test_bad_options(adjoint):
         make(dt0=0.0)
     with refused(ValueError, "max_steps"):
         make(max_steps=0)
+    with refused(TypeError, make.__name__, "positional"):
+        make(10)
     with refused(ValueError, "dt0", "'rk4'"):
         Setup().solve(make(solver="rk4"))
+    with refused(ValueError, f"{make.__name__}(dt0=...)", "'rk4'"):
+        nde.NeuralODE(nn.Linear(2, 2), adjoint=make(solver="rk4"))
+    # The step size of the solve will do, where it has one.
+    nde.NeuralODE(nn.Linear(2, 2), solver="heun", dt0=0.5, adjoint=make(solver="rk4"))(
+        torch.ones(1, 2)
+    ).sum().backward()
+
+
+@ADJOINT
+@pytest.mark.parametrize("name", ["rtol", "atol", "dt0", "max_steps"])
+def test_options_are_numbers(adjoint, name):
+    make = type(nde.adjoints.get(adjoint))
+    for value in ("1e-3", torch.tensor([1e-3, 1e-4]), [1.0], True):
+        with refused(TypeError, name):
+            make(**{name: value})
+    assert getattr(make(**{name: torch.tensor(2)}), name) == 2
+
+
+def test_options_that_an_adjoint_does_not_have():
+    for make in (nde.adjoints.Quadrature, nde.adjoints.Direct):
+        with refused(TypeError, make.__name__):
+            make(checkpoints=3)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_help_describes_every_option(name):
+    make = type(nde.adjoints.get(name))
+    for option in inspect.signature(make).parameters:
+        assert re.search(rf"^\s+(\w+, )*{option}(, \w+)*: ", make.__doc__, flags=re.MULTILINE), option
+
+
+def test_bad_options_of_backsolve():
+    make = nde.adjoints.Backsolve
+    with refused(ValueError, "dt_min", "dt_max", "1", "0.1"):
+        make(dt_min=1, dt_max=0.1)
+    with refused(TypeError, "dt_max"):
+        make(dt_max="0.1")
+    with refused(ValueError, "dt_min", "bounds adaptive steps"):
+        make(solver="rk4", dt0=0.1, dt_min=0.1)
+    with refused(ValueError, "dt_max", "bounds adaptive steps"):
+        nde.NeuralODE(nn.Linear(2, 2), solver="rk4", dt0=0.1, adjoint=make(dt_max=0.1))
+    with refused(ValueError, "seminorm", "rodas5p"):
+        make(solver="rodas5p", seminorm=False)
+    with refused(ValueError, "control", "per_sample=True"):
+        nde.NeuralODE(nn.Linear(2, 2), adjoint=make(control=nde.StepControl(per_sample=False)))
 
 
 def test_the_parameters_in_the_error_test():
@@ -365,6 +486,9 @@ def test_the_parameters_in_the_error_test():
     assert found[True][1] != found[False][1]
     with refused(ValueError, "seminorm", 'control="joint"'):
         Setup().solve(nde.adjoints.Backsolve(seminorm=False))
+    with refused(ValueError, "seminorm", 'control="joint"'):
+        nde.NeuralODE(nn.Linear(2, 2), adjoint=nde.adjoints.Backsolve(seminorm=False))
+    nde.NeuralODE(nn.Linear(2, 2), adjoint=nde.adjoints.Backsolve(seminorm=False), control="joint")
     with refused(ValueError, "seminorm", "rodas5p"):
         Setup().solve(nde.adjoints.Backsolve(seminorm=False), "joint", solver="rodas5p")
     with refused(ValueError, "seminorm", "rtol"):
@@ -388,6 +512,14 @@ def test_backsolve_says_when_it_can_not_go_back():
     exact = gradient("direct")
     for adjoint in ("interpolating", "quadrature"):
         torch.testing.assert_close(gradient(adjoint), exact, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("adjoint", ["interpolating", "quadrature"])
+def test_a_backward_solve_that_is_not_finite_says_why(adjoint):
+    z0 = torch.ones(2, 1, requires_grad=True)
+    solution = nde.solve(nde.ODE(lambda t, z: 0.0 * torch.sqrt((z - 1.0).abs())), z0, (0.0, 1.0), adjoint=adjoint)
+    with refused(nde.NonFiniteState, f"backward solve of adjoint={adjoint!r}", "f's derivative", "square root"):
+        solution.final.sum().backward()
 
 
 @ADJOINT

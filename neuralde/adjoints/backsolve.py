@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .. import control as _control
 from ..control import Norm, StepControl, rms
 from ..dense import Dense
 from ..errors import Status
@@ -16,7 +16,7 @@ from ..grid import Grid
 from ..retrace import Cursor
 from ..solvers import Solver
 from .binomial import limit
-from .continuous import AdjointField, At, Backward, Continuous, Gauss, Looks
+from .continuous import AdjointField, At, Backward, Continuous, Gauss, Looks, Plan
 
 
 class Backsolve(Continuous):
@@ -27,7 +27,10 @@ class Backsolve(Continuous):
     the drift begins anew there. Prefer "checkpointed" where its memory fits: it is exact.
 
     Args:
-        rtol, atol, solver, dt0, max_steps: see `Continuous`.
+        rtol, atol: tolerances of the backward solve, numbers; None takes the solve's own.
+        solver: of the backward solve, a name or an object; None takes the solve's own.
+        dt0: step size of a fixed-step `solver`, first step of an adaptive one; None takes over from the solve.
+        max_steps: attempts of the backward solve; None allows 4 times the solve's own `max_steps`.
         checkpoints: at most how many states of the solve are kept, at equal distances, and given back to z on its way
             back, as those of outputs are. None keeps none.
         seminorm: leave the parameters' integral out of the error test. False puts it in, as torchdiffeq does by
@@ -38,17 +41,17 @@ class Backsolve(Continuous):
         dt_min, dt_max: bounds of its adaptive steps, see `solve`; None are none.
         step_times: where its steps have to end, [times]; None: where the solve's have to.
 
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it.
+
     Source: Chen et al. 2018, "Neural Ordinary Differential Equations"; Kidger et al. 2021, "Hey, that's not an ODE".
     """
 
     name = "backsolve"
-    advice = (
-        "It solves dz/dt = f backwards, which is unstable where f contracts; use adjoint='interpolating', which does "
-        "not, 'checkpointed' or 'direct', which are exact, or tighter tolerances of the solve itself."
-    )
 
     def __init__(
         self,
+        *,
         rtol: float | None = None,
         atol: float | None = None,
         solver: str | Solver | None = None,
@@ -61,7 +64,7 @@ class Backsolve(Continuous):
         dt_max: float | None = None,
         step_times=None,
     ):
-        super().__init__(rtol, atol, solver, dt0, max_steps)
+        super().__init__(rtol=rtol, atol=atol, solver=solver, dt0=dt0, max_steps=max_steps)
         self.checkpoints = limit(checkpoints)
         if not isinstance(seminorm, bool):
             raise TypeError(f"seminorm must be True or False, got {seminorm!r}")
@@ -69,37 +72,54 @@ class Backsolve(Continuous):
             raise TypeError(f"control must be a StepControl or None, got {type(control).__name__}")
         if control is not None and control.norm is not None:
             raise ValueError("control must have no norm of its own here: the norm of the solve's control is used")
-        for name, size in (("dt_min", dt_min), ("dt_max", dt_max)):
-            if size is not None and not (isinstance(size, int | float) and 0 < size < math.inf):
-                raise ValueError(f"{name} must be positive and finite, or None, got {size!r}")
+        self.dt_min, self.dt_max = _control.number("dt_min", dt_min), _control.number("dt_max", dt_max)
+        _control.check_sizes(self.dt0, self.dt_min, self.dt_max)
+        if self.solver is not None and not self.solver.adaptive:
+            _control.refuse_bounds(self.dt_min, self.dt_max)
         if step_times is not None:
             step_times = torch.as_tensor(step_times).detach()
             if step_times.dim() != 1 or step_times.is_complex():
                 raise ValueError(f"step_times must be real times, [times], got {tuple(step_times.shape)}")
-        self.seminorm, self.control, self.dt_min, self.dt_max = seminorm, control, dt_min, dt_max
-        self.step_times = step_times
+        self.seminorm, self.control, self.step_times = seminorm, control, step_times
+        if self.solver is not None:
+            self._require_explicit(self.solver)
 
     @property
     def keep(self) -> int:
         """See `Continuous.keep`."""
         return self.checkpoints or 0
 
-    def _plan(self, problem, z0, uses):
-        if self.control is not None and self.control.per_sample is problem.joint:
-            raise ValueError(f"control must have per_sample={not problem.joint}, as the control of the solve has")
-        plan = super()._plan(replace(problem, control=self.control or problem.control), z0, uses)
-        plan = plan._replace(dt_min=self.dt_min, dt_max=self.dt_max)
-        if (self.dt_min, self.dt_max) != (None, None) and not plan.control.adaptive:
-            raise ValueError(f"dt_min and dt_max bound adaptive steps; every step is dt0 = {plan.dt0} here")
-        if self.seminorm:
-            return plan
-        if not problem.joint:
+    def require(self, solver: Solver, control: StepControl, dt0: float | None) -> None:
+        """See `Adjoint.require`."""
+        if self.control is not None and self.control.per_sample is not control.per_sample:
+            raise ValueError(f"control must have per_sample={control.per_sample}, as the control of the solve has")
+        solver, adaptive, _ = self._method(solver, self.control or control, dt0)
+        if not adaptive:
+            _control.refuse_bounds(self.dt_min, self.dt_max)
+        if control.per_sample and not self.seminorm:
             raise ValueError(
                 "seminorm=False puts the parameters' integral into the error test, of which no sample has its own "
                 'part: that needs control="joint"; or leave seminorm=True'
             )
-        if plan.solver.linearizes:
-            raise ValueError(f"seminorm=False can't be had with an implicit solver, got {plan.solver.name!r}")
+        self._require_explicit(solver)
+
+    def _require_explicit(self, solver: Solver) -> None:
+        if solver.linearizes and not self.seminorm:
+            raise ValueError(f"seminorm=False can't be had with an implicit solver, got {solver.name!r}")
+
+    def messages(self, plan: Plan) -> dict[Status, str]:
+        """See `Continuous.messages`."""
+        drift = (
+            "it solves dz/dt = f backwards, which is unstable where f contracts; use adjoint='interpolating', which "
+            "does not, 'checkpointed' or 'direct', which are exact, or tighter tolerances of the solve itself"
+        )
+        return super().messages(plan) | {Status.STEP_SIZE_UNDERFLOW: drift, Status.NON_FINITE: drift}
+
+    def _plan(self, problem, z0, uses):
+        plan = super()._plan(replace(problem, control=self.control or problem.control), z0, uses)
+        plan = plan._replace(dt_min=self.dt_min, dt_max=self.dt_max)
+        if self.seminorm:
+            return plan
         if any(isinstance(x, Tensor) for x in (plan.norm.rtol, plan.norm.atol)) or z0.is_complex():
             raise ValueError(
                 "seminorm=False needs a real state and tolerances that are numbers: give Backsolve(rtol=..., atol=...)"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..control import StepControl
 from ..grid import Grid
 from ..problem import Problem
 from ..solvers import Solver
@@ -73,6 +74,13 @@ class Adjoint(abc.ABC):
     @abc.abstractmethod
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """Solves from z0 ([batch, features], in the working dtype), with gradients if grad mode is on."""
+
+    def require(self, solver: Solver, control: StepControl, dt0: float | None) -> None:  # noqa: B027  (most can)
+        """Raises ValueError if it can't differentiate a solve of that kind, known before there is anything to solve.
+
+        Args:
+            solver, control: of the solve; the control is not adaptive where the solver isn't. dt0: None for none.
+        """
 
     def __repr__(self) -> str:
         defaults = inspect.signature(type(self)).parameters

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import control as _control
-from .. import solvers
+from .. import solvers, transforms
 from ..control import Norm, StepControl
 from ..discover import discover
 from ..errors import NeuralDEError, Status, failure
@@ -58,10 +58,10 @@ class Continuous(Adjoint):
     """
 
     exact = False
-    advice = ""
 
     def __init__(
         self,
+        *,
         rtol: float | None = None,
         atol: float | None = None,
         solver: str | Solver | None = None,
@@ -71,11 +71,10 @@ class Continuous(Adjoint):
         self.rtol = None if rtol is None else _control.check_tolerance("rtol", rtol)
         self.atol = None if atol is None else _control.check_tolerance("atol", atol)
         self.solver = None if solver is None else solvers.get(solver)
-        if dt0 is not None and not (isinstance(dt0, int | float) and 0 < dt0 < math.inf):
-            raise ValueError(f"dt0 must be positive and finite, or None, got {dt0!r}")
-        if max_steps is not None and (not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1):
-            raise ValueError(f"max_steps must be a positive integer or None, got {max_steps!r}")
-        self.dt0, self.max_steps = dt0, max_steps
+        self.dt0, self.max_steps = _control.number("dt0", dt0), _control.number("max_steps", max_steps)
+        _control.check_sizes(self.dt0)
+        if self.max_steps is not None:
+            _control.check_max_steps(self.max_steps)
 
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """See `Adjoint.solve`."""
@@ -98,7 +97,7 @@ class Continuous(Adjoint):
         for name in ("error", "stiffness"):
             figure = getattr(outcome, name)
             if figure is not None:
-                setattr(outcome, name, functools.partial(_unreachable, figure, final, name, self.name))
+                setattr(outcome, name, functools.partial(_unreachable, figure, final, self.name))
         return outcome
 
     @property
@@ -114,6 +113,52 @@ class Continuous(Adjoint):
             The costate at the samples' starts, [batch, features]; the parameters' gradients are in `work`.
         """
 
+    def require(self, solver: Solver, control: StepControl, dt0: float | None) -> None:
+        """See `Adjoint.require`."""
+        self._method(solver, control, dt0)
+
+    def _method(self, solver: Solver, control: StepControl, dt0: float | None) -> tuple[Solver, bool, float | None]:
+        """(the solver of the backward solve, whether its steps are adaptive, their size or the first one's).
+
+        Args:
+            solver, control, dt0: of the solve.
+        """
+        # A solver of torchdyn's may be made for states of one size (a hypersolver's network is).
+        inherited = solvers.get("tsit5") if isinstance(solver, Foreign) else solver
+        chosen = self.solver or inherited
+        own = (self.rtol, self.atol, self.solver) != (None, None, None) or chosen is not solver
+        adaptive = chosen.adaptive and (control.adaptive or (own and self.dt0 is None))
+        if adaptive or self.dt0 is not None:
+            return chosen, adaptive, self.dt0
+        if dt0 is None or control.adaptive:
+            raise ValueError(
+                f"dt0 is needed for the backward solve of adjoint {self!r}: its solver {chosen.name!r} takes fixed "
+                f"steps; pass {type(self).__name__}(dt0=...), or an adaptive solver"
+            )
+        return chosen, adaptive, dt0
+
+    def messages(self, plan: Plan) -> dict[Status, str]:
+        """What is said of a backward solve that failed: what it usually means and what to try."""
+        make, fixed = f"nde.adjoints.{type(self).__name__}", not plan.control.adaptive
+        size = "its steps larger (dt0=...)" if fixed else "its tolerances looser (rtol=..., atol=...)"
+        way_out = "or use adjoint='checkpointed' or 'direct', which have no backward solve"
+        return {
+            Status.MAX_STEPS: (
+                f"the backward solve's max_steps={plan.max_steps} ran out. It is the adjoint's own, 4 times that of "
+                f"the solve by default: raise it, {make}(max_steps=...), make {size}, {way_out}"
+            ),
+            Status.STEP_SIZE_UNDERFLOW: (
+                "the adjoint equation has f's derivative in it, which may jump where f does not (pass jump_times), or "
+                f"its tolerances are below the state's precision: make them larger, {make}(rtol=..., atol=...), "
+                f"{way_out}"
+            ),
+            Status.NON_FINITE: (
+                "the adjoint equation has f's derivative in it, and that, or the costate, became NaN or infinite. Look "
+                "at f's derivative near that t: of a square root or a norm at 0 it is infinite. Or use "
+                "adjoint='checkpointed' or 'direct', which need it at the stages of the solve alone"
+            ),
+        }
+
     def _plan(self, problem: Problem, z0: Tensor, uses: Dependencies) -> Plan:
         """How the backward solve is made."""
         if reachable(problem.solver):
@@ -123,18 +168,7 @@ class Continuous(Adjoint):
                 "adjoint='checkpointed' or 'direct', or, if the solver is not to learn, its networks' "
                 "requires_grad_(False)"
             )
-        # A solver of torchdyn's may be made for states of one size (a hypersolver's network is).
-        inherited = solvers.get("tsit5") if isinstance(problem.solver, Foreign) else problem.solver
-        solver, control, dt0 = self.solver or inherited, problem.control, self.dt0
-        own = (self.rtol, self.atol, self.solver) != (None, None, None) or solver is not problem.solver
-        adaptive = solver.adaptive and (control.adaptive or (own and dt0 is None))
-        if not adaptive and dt0 is None:
-            if problem.dt0 is None or control.adaptive:
-                raise ValueError(
-                    f"dt0 is needed for the backward solve of adjoint {self!r}: its solver {solver.name!r} takes fixed "
-                    "steps; pass dt0, or an adaptive solver"
-                )
-            dt0 = problem.dt0
+        solver, adaptive, dt0 = self._method(problem.solver, problem.control, problem.dt0)
         if solver.linearizes and not problem.solver.linearizes:
             problem.field.linearized(problem.first_instant, z0.detach(), uses.slope)
         norm = problem.norm
@@ -144,14 +178,14 @@ class Continuous(Adjoint):
             joint=norm.joint,
             measure=norm.measure,
         )
-        control = StepControl(**{**vars(control), "adaptive": adaptive, "norm": None})
+        control = replace(problem.control, adaptive=adaptive, norm=None)
         return Plan(solver, control, norm, dt0, self.max_steps or 4 * problem.max_steps)
 
 
 _LOST = (
     "adjoint {adjoint} does not keep the states of the steps, so what is made from them, solution(t), steps.z or a "
     "figure of introspection.measure, has no gradient; give solve the times that you need in t, or use "
-    "adjoint='interpolating', 'checkpointed' or 'direct'"
+    "adjoint='interpolating' or 'checkpointed' without checkpoints, or 'direct'"
 )
 
 
@@ -197,6 +231,12 @@ class _Solve(torch.autograd.Function):
             raise NeuralDEError(
                 f"gradients under adjoint={run.adjoint.name!r} come from a solve and have no derivatives of their own; "
                 "for double backward (create_graph=True) use adjoint='direct' or 'checkpointed'"
+            )
+        if any(transforms.batched(x) for x in cotangents if x is not None):
+            raise NeuralDEError(
+                "several gradients at once (is_grads_batched=True, jacobian(vectorize=True)) can't go through the "
+                f"backward solve of adjoint={run.adjoint.name!r}; use adjoint='checkpointed' or 'direct' (under "
+                "torch.func.vmap 'direct' alone), or take them one after the other"
             )
         run.uses.require_same_f()
         with full_precision(z0.device), run.uses.followed():
@@ -265,6 +305,8 @@ class Backward:
                 self._require_no_other()
                 costate = self.adjoint.sweep(self)
             self.uses.require_all(self.sums)
+        else:  # nothing depends on what f depends on, but in the graph it is: it has a gradient of zero, not none
+            self.sums = [torch.zeros_like(x) for x in self.ends]
         costate = looks.only(first).onto(costate) * unit[:, None]
         if bool(lost.any()):
             costate = torch.where(lost[:, None], float("nan"), costate)
@@ -442,8 +484,9 @@ class Backward:
         if rows is not None:  # samples are known by their places in the whole batch
             figures = [x if x is None else x.new_zeros(batch).index_copy(0, rows, x) for x in figures]
         figures = (x if x is None else x.expand(batch) for x in figures)
-        error = failure(*figures, self.joint, problem.solver.name, problem.solver.stability_size)
-        error.args = (f"the backward solve of adjoint={self.adjoint.name!r} failed. {self.adjoint.advice} {error}",)
+        messages = self.adjoint.messages(self.plan)
+        error = failure(*figures, self.joint, problem.solver.name, problem.solver.stability_size, messages)
+        error.args = (f"the backward solve of adjoint={self.adjoint.name!r} failed: {error}",)
         return error
 
     # -- the parameters ------------------------------------------------------------------------------------------------
@@ -680,12 +723,12 @@ def _nonzero(x: Tensor) -> Tensor:
     return (x != 0).any(dim=-1)
 
 
-def _unreachable(figure: Callable[[], Tensor], final: Tensor, name: str, adjoint: str) -> Tensor:
-    penalty = {"error": "LocalError", "stiffness": "LocalStiffness"}[name]
+def _unreachable(figure: Callable[[], Tensor], final: Tensor, adjoint: str) -> Tensor:
+    # Of both figures: a loss may use both, and only one of them is met first.
     return without_gradient(
         figure(),
         [final],
-        f"solution.{name} has no gradient under adjoint={adjoint!r}, whose backward solve does not go through the "
-        f"steps of the solve; use adjoint='checkpointed' or 'direct', or a penalty that makes a step of its own: "
-        f"regularizers.{penalty}",
+        f"solution.error and solution.stiffness have no gradient under adjoint={adjoint!r}, whose backward solve does "
+        "not go through the steps of the solve; use adjoint='checkpointed' or 'direct', or penalties that make a step "
+        "of their own: regularizers.LocalError, regularizers.LocalStiffness",
     )

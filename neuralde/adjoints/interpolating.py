@@ -24,18 +24,24 @@ class Interpolating(Continuous):
     "backsolve" does.
 
     Args:
-        rtol, atol, solver, dt0, max_steps: see `Continuous`.
+        rtol, atol: tolerances of the backward solve, numbers; None takes the solve's own.
+        solver: of the backward solve, a name or an object; None takes the solve's own.
+        dt0: step size of a fixed-step `solver`, first step of an adaptive one; None takes over from the solve.
+        max_steps: attempts of the backward solve; None allows 4 times the solve's own `max_steps`.
         checkpoints: at most how many states are kept; those between are made again, as `Checkpointed` does it, and the
             backward solve goes from block to block. None keeps those of all steps.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it.
 
     Source: Hindmarsh et al. 2005, "SUNDIALS" (CVODES), with the solver's interpolant and Gauss quadrature.
     """
 
     name = "interpolating"
-    advice = "Use adjoint='checkpointed' or 'direct', which have no backward solve, or other tolerances."
 
     def __init__(
         self,
+        *,
         rtol: float | None = None,
         atol: float | None = None,
         solver: str | Solver | None = None,
@@ -43,7 +49,7 @@ class Interpolating(Continuous):
         dt0: float | None = None,
         max_steps: int | None = None,
     ):
-        super().__init__(rtol, atol, solver, dt0, max_steps)
+        super().__init__(rtol=rtol, atol=atol, solver=solver, dt0=dt0, max_steps=max_steps)
         self.checkpoints = limit(checkpoints)
 
     @property

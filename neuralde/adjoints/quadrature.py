@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..solvers import Solver
 from .continuous import AdjointField, At, Backward, Continuous, Gauss
 from .interpolating import along
 
@@ -18,13 +19,30 @@ class Quadrature(Continuous):
     the integral is taken when all is known: over many steps in one evaluation of f where the batch is small.
 
     Args:
-        rtol, atol, solver, dt0, max_steps: see `Continuous`.
+        rtol, atol: tolerances of the backward solve, numbers; None takes the solve's own.
+        solver: of the backward solve, a name or an object; None takes the solve's own.
+        dt0: step size of a fixed-step `solver`, first step of an adaptive one; None takes over from the solve.
+        max_steps: attempts of the backward solve; None allows 4 times the solve's own `max_steps`.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it.
 
     Source: Kim et al. 2021, "Stiff Neural Ordinary Differential Equations"; Gauss quadrature on the solver's steps.
     """
 
     name = "quadrature"
-    advice = "Use adjoint='checkpointed' or 'direct', which have no backward solve, or other tolerances."
+
+    # Its own, so that Python's message of an option that it doesn't have says whose.
+    def __init__(
+        self,
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+        solver: str | Solver | None = None,
+        dt0: float | None = None,
+        max_steps: int | None = None,
+    ):
+        super().__init__(rtol=rtol, atol=atol, solver=solver, dt0=dt0, max_steps=max_steps)
 
     def sweep(self, work: Backward) -> Tensor:
         """See `Continuous.sweep`."""

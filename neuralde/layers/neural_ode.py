@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .. import adjoints, solvers
 from .. import control as _control
+from .. import solvers
 from ..equations import ODE
 from ..events import parse as parse_events
 from ..field import mixing_message, mixing_module
 from ..solution import Solution
-from ..solve import solve
+from ..solve import chosen, solve
 
 _OPTIONS = [name for name in inspect.signature(solve).parameters if name not in ("equation", "z0", "t", "args")]
 
@@ -33,7 +33,8 @@ class NeuralODE(nn.Module):
 
     Raises:
         TypeError: an option that `solve` doesn't have.
-        ValueError: f mixes samples (batch normalization in training mode) under per-sample control.
+        ValueError: f mixes samples (batch normalization in training mode) under per-sample control; or solver,
+            control, adjoint and dt0 don't go together.
     """
 
     def __init__(self, f: Callable, t=(0.0, 1.0), **solve_options):
@@ -46,19 +47,17 @@ class NeuralODE(nn.Module):
         self.t = t
         self.solve_options = solve_options
         self.solution: Solution | None = None
-        solver = solve_options.get("solver", "tsit5")
-        self._solver = solvers.get(solver)
+        methods = {"solver": "tsit5", "control": "per_sample", "adjoint": "checkpointed", "dt0": None}
+        self._solver, *_ = chosen(**{name: solve_options.get(name, x) for name, x in methods.items()})
+        solver = solve_options.get("solver")
         if isinstance(solver, nn.Module):
             self.solver = solver  # a hypersolver of torchdyn's: its parameters are the layer's
-        adjoints.get(solve_options.get("adjoint", "checkpointed"))
         for name in ("rtol", "atol"):
             if isinstance(solve_options.get(name), numbers.Real):
                 _control.check_tolerance(name, solve_options[name])
         if solve_options.get("events") is not None:
             conditions = (event.condition for event in parse_events(solve_options["events"]))
             self.conditions = nn.ModuleList(c for c in conditions if isinstance(c, nn.Module))
-        if not self._solver.adaptive and solve_options.get("dt0") is None:
-            raise ValueError(f"dt0 is needed: solver {self._solver.name!r} takes fixed steps; pass e.g. dt0=0.1")
         self._refuse_mixing()
 
     @property
