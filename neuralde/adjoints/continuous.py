@@ -277,7 +277,8 @@ class Backward:
 
     def __init__(self, adjoint, problem: Problem, uses: Dependencies, plan: Plan, trajectory: Trajectory, z0: Tensor):
         self.adjoint, self.problem, self.uses, self.plan = adjoint, problem, uses, plan
-        self.trajectory, self.grid, self.z0 = trajectory, trajectory.grid, z0
+        # Without its graph: what is behind z0 is the business of the backward pass around this one.
+        self.trajectory, self.grid, self.z0 = trajectory, trajectory.grid, z0.detach()
         self.joint, self.direction = problem.joint, problem.span.sign()
         self.field, self.ends, self._substitute = uses.ends()
         self.sums: list[Tensor | None] = [None] * len(self.ends)
