@@ -368,17 +368,19 @@ def gradient_claims(rows: dict[tuple, dict], names: list[str]) -> Iterator[str]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def read_memory(results: Path) -> dict[tuple, dict]:
-    """The memory in the .csv of an earlier run: it depends on the program alone, where time needs a quiet machine."""
+def read(results: Path) -> dict[str, dict[tuple, dict]]:
+    """The parts in the .csv of an earlier run: memory depends on the program alone, time needs a quiet machine."""
+    found: dict[str, dict[tuple, dict]] = {part: {} for part in PARTS}
     with results.open(newline="") as file:
-        return {
-            (row["loss"], int(row["steps"]), row["adjoint"]): {
-                title.removesuffix(", MiB"): round(float(value) * 2**20)
-                for title, value in row.items()
-                if title.endswith(", MiB") and value
-            }
-            for row in csv.DictReader(file)
-        }
+        for row in csv.DictReader(file):
+            case = row["loss"], int(row["steps"]), row["adjoint"]
+            for title, value in row.items():
+                if title.endswith(", MiB") and value:
+                    found["memory"].setdefault(case, {})[title.removesuffix(", MiB")] = round(float(value) * 2**20)
+                elif title.endswith(", s") or title.startswith("error, "):
+                    part = "time" if title.endswith(", s") else "gradients"
+                    found[part].setdefault(case, {})[title] = float(value) if value else None
+    return found
 
 
 def mib(value: int | None) -> float | None:
@@ -417,7 +419,7 @@ def arguments(known: dict[str, Contender]):
     )
     options.add_argument("--resident", action="store_true", help="the process's resident memory too")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options.add_argument("--memory-from", type=Path, metavar="CSV", help="results that have the memory already")
+    options.add_argument("--earlier", type=Path, metavar="CSV", help="results that have what is not measured now")
     options.add_argument("--jobs", type=int, default=2, help="processes at a time, for the memory")
     options.add_argument("--one", help="one measurement, for the process that this script starts")
     given = options.parse_args()
@@ -444,30 +446,30 @@ def main():
         if loss != "GlobalError" or known[name].discrete
     ]
     measured: dict[str, dict[tuple, dict]] = {part: {} for part in PARTS if part in given.only}
+    if given.earlier is not None:
+        measured |= {part: rows for part, rows in read(given.earlier).items() if part not in given.only and rows}
+    measured = {part: measured[part] for part in PARTS if part in measured}
     claims = []
-    if "memory" in measured:
+    if "memory" in given.only:
         kinds = ["tensors"] + ["resident"] * given.resident + ["allocated"] * (given.device == "cuda")
         setting = given.device, given.backward
-        before = {} if given.memory_from is None else read_memory(given.memory_from)
         with ThreadPoolExecutor(given.jobs) as pool:
             tasks = {
                 (loss, n, name): [pool.submit(apart, name, loss, n, *setting, what) for what in kinds]
                 for loss, n, name in cases
-                if (loss, n, name) not in before
             }
-            measured["memory"] |= {case: before[case] for case in cases if case in before}
             for case, parts in tasks.items():
                 measured["memory"][case] = {k: v for part in parts for k, v in part.result().items()}
-        if "plain" in given.losses:
-            claims += memory_claims(measured["memory"], names, steps)
+    if "memory" in measured and "plain" in given.losses:
+        claims += memory_claims(measured["memory"], names, steps)
     for loss in given.losses:
-        exact = differences() if "gradients" in measured and loss == "plain" else None
+        exact = differences() if "gradients" in given.only and loss == "plain" else None
         # A round of 500 steps takes minutes, and a penalty's part of the time is seen with few.
         for n in steps if loss == "plain" else steps[:1]:
             here = {name: known[name] for other, at, name in cases if (other, at) == (loss, n)}
-            if "time" in measured:
+            if "time" in given.only:
                 measured["time"] |= {(loss, n, k): v for k, v in times(here, loss, n, given.device).items()}
-            if "gradients" in measured:
+            if "gradients" in given.only:
                 measured["gradients"] |= {(loss, n, k): v for k, v in errors(here, loss, n, exact).items()}
     if "gradients" in measured:
         claims += gradient_claims(measured["gradients"], names)

@@ -38,6 +38,7 @@ class Dependencies:
             with torch.enable_grad():
                 start = self._start.requires_grad_().clone()
         self.slope, closed, self._seen = closed_over(field, problem.first_instant, start, problem.end)
+        field.fill(problem.first_instant, z0)  # not with the copy
         given = [x for x in pytree.tree_leaves(field.args) if isinstance(x, Tensor) and x.requires_grad]
         # A solver may have parameters too: the network of a hypersolver.
         self.tensors = list({id(x): x for x in (*given, *closed, *reachable(problem.solver))}.values())
