@@ -377,9 +377,10 @@ def read(results: Path) -> dict[str, dict[tuple, dict]]:
             for title, value in row.items():
                 if title.endswith(", MiB") and value:
                     found["memory"].setdefault(case, {})[title.removesuffix(", MiB")] = round(float(value) * 2**20)
-                elif title.endswith(", s") or title.startswith("error, "):
-                    part = "time" if title.endswith(", s") else "gradients"
-                    found[part].setdefault(case, {})[title] = float(value) if value else None
+                elif title.endswith(", s") and value:
+                    found["time"].setdefault(case, {})[title] = float(value)
+                elif title.startswith("error, ") and row["error, direct"]:
+                    found["gradients"].setdefault(case, {})[title] = float(value) if value else None
     return found
 
 
