@@ -15,7 +15,7 @@ from .errors import (
 )
 from .events import Event, Occurrences
 from .introspection import probe
-from .layers import AppendTime, NeuralODE, TimeChain
+from .layers import AppendTime, NeuralODE, TimeChain, compile
 from .solution import Solution, Statistics, Steps
 from .solve import solve
 
@@ -39,6 +39,7 @@ __all__ = [
     "TimeChain",
     "__version__",
     "adjoints",
+    "compile",
     "introspection",
     "probe",
     "solve",

@@ -151,7 +151,8 @@ class _SharedTensors(_Tensors):
     read = staticmethod(transforms.worst)
 
 
-_PLAIN: tuple[Algebra, Algebra] = _Tensors(), _Numbers()
+TENSORS: Algebra = _Tensors()
+_PLAIN: tuple[Algebra, Algebra] = TENSORS, _Numbers()
 _SHARED: tuple[Algebra, Algebra] = _SharedTensors(), _SharedNumbers()
 
 

@@ -415,7 +415,9 @@ def judge(z: Tensor, solver: Reporting, norm: Norm, weigh: bool = False) -> Judg
     return (SharedJudge if transforms.active() else Judge)(z, solver, norm, weigh)
 
 
-def initial_step(f, t: Tensor, z: Tensor, slope: Tensor, span: Figure, order: int, norm: Norm) -> Figure:
+def initial_step(
+    f, t: Tensor, z: Tensor, slope: Tensor, span: Figure, order: int, norm: Norm, m: Algebra | None = None
+) -> Figure:
     """The automatic first step, [groups]; always positive. Costs one evaluation of f beside the given slope.
 
     Args:
@@ -424,10 +426,11 @@ def initial_step(f, t: Tensor, z: Tensor, slope: Tensor, span: Figure, order: in
         span: t1 - t0, signed, [groups]: the direction and the largest step.
         order: of the solver; the exponent is 1/order.
         norm: of the samples.
+        m: of the figures; None for that of the norm's groups.
 
     Source: Hairer, Nørsett & Wanner, Solving ODEs I, II.4, with OrdinaryDiffEq.jl's norms and exponent.
     """
-    m = algebra.of(norm.joint)
+    m = m or algebra.of(norm.joint)
     longest = abs(span)
     scale = norm.scale(z.abs())
     size, speed = m.read(norm.of(z / scale)), m.read(norm.of(slope / scale))

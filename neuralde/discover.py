@@ -31,7 +31,12 @@ _COMPACT_FRACTION, _COMPACT_AFTER = 0.5, 16
 # A solution that goes to infinity does so in accepted steps too small to move t. Its hundreds of steps leave time to
 # look for them now and then only; rejected steps are looked at always.
 _CHECK_EVERY = 16
-_LEAST = 1e-25  # of the horizon: steps below would take forever
+LEAST = 1e-25  # of the horizon: steps below would take forever
+
+
+def resolution(s: Tensor) -> float:
+    """Below this part of s, a step from s does not move it."""
+    return 4 * torch.finfo(s.dtype).eps
 
 
 def discover(problem: Problem, z0: Tensor, slope: Tensor, taped: bool = False) -> Trajectory:
@@ -60,7 +65,7 @@ class _Discovery:
         self.held = None if problem.keep is None else Held(problem.keep, self.solver.history, len(z0))
         self.hits: list[tuple[Tensor, ...]] = []  # (event, sample, step, theta, t, z, speed, terminal)
         self.like = problem.start
-        self.eps = 4 * torch.finfo(self.like.dtype).eps  # below this step size s + h is s
+        self.eps = resolution(self.like)
         self.still: Tensor | None = None  # which samples wait for others under joint control
         self.attempts = 0
         self.lanes = [self._enter(self._lane(slope))]
@@ -302,7 +307,7 @@ class _Discovery:
         """Ends the samples whose next step would be too small to move t, and fixed steps that went wrong."""
         m = lane.m
         if self.control.adaptive:
-            least = m.maximum(abs(lane.s) * self.eps, (lane.s1 - lane.start) * _LEAST)
+            least = m.maximum(abs(lane.s) * self.eps, (lane.s1 - lane.start) * LEAST)
             small = lane.h <= least
             if self.problem.dt_min is not None:
                 small = small | (m.invert(ok) & (h <= self.problem.dt_min))

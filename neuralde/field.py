@@ -95,11 +95,32 @@ class Field:
                 return self._apply(t, z, args)
         return self._apply(t, z, args)
 
-    def _apply(self, t, z: Tensor, args):
-        z = z if self._plain else self.layout.unpack(z)
+    def _apply(self, t, z: Tensor, args, f=None):
+        f, z = f or self.equation.f, z if self._plain else self.layout.unpack(z)
         if not self.equation.takes_time:
-            return self.equation.f(z)
-        return self.equation.f(t, z) if args is None else self.equation.f(t, z, args)
+            return f(z)
+        return f(t, z) if args is None else f(t, z, args)
+
+    def pure(self, f, t, z: Tensor, args) -> Tensor:
+        """dz/dt by another f with other args, neither counted nor checked: as a program traces it."""
+        derivative = self._apply(t, z, args, f)
+        return derivative if self._plain else self.layout.pack(derivative)
+
+    def without_args(self) -> Field:
+        """What a program may keep of the field."""
+        field = copy.copy(self)
+        field.args = field._filler = None
+        return field
+
+    @property
+    def autocast(self) -> bool:
+        """Whether f runs under autocast."""
+        return self._autocast is not None
+
+    @property
+    def random(self) -> bool:
+        """Whether f draws random numbers, known after the first evaluation."""
+        return self._frozen is not None
 
     # -- the first evaluation of a solve ---------------------------------------------------------------------------
 
@@ -590,7 +611,7 @@ def _filled(cell) -> bool:
 def _known_independent(f, joint: bool) -> bool:
     try:
         found = _INDEPENDENT.get(f, ())
-        return (_modes(f), False) in found or (joint and (_modes(f), True) in found)
+        return (modes(f), False) in found or (joint and (modes(f), True) in found)
     except TypeError:  # not hashable or not weakly referenceable: checked at every solve
         return False
 
@@ -598,10 +619,15 @@ def _known_independent(f, joint: bool) -> bool:
 def _remember_independent(f, joint: bool):
     """Under joint control, where all samples have one time, it is not known whether f mixes times."""
     with contextlib.suppress(TypeError):
-        _INDEPENDENT.setdefault(f, set()).add((_modes(f), joint))
+        _INDEPENDENT.setdefault(f, set()).add((modes(f), joint))
 
 
-def _modes(f) -> tuple[tuple[type, bool], ...]:
+def modules(f) -> list[nn.Module]:
+    """The Modules that f can get at, without running it."""
+    return _reach(f)[1]
+
+
+def modes(f) -> tuple[tuple[type, bool], ...]:
     """The modules that f can reach, and which are in training mode: batch normalization mixes samples only then."""
     return tuple((type(m), m.training) for m in _reach(f)[1])
 

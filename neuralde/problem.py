@@ -62,6 +62,7 @@ class Problem:
         recorded: whether the accepted steps are written down: not where only the end is wanted.
         impulses: by which the state jumps at some of the stops, or None.
         tally: what is shown every accepted step, or None.
+        compile: whether compiled programs solve it, where they can.
         keep: at most how many states the solve keeps beside its start and its end (see `Held`); None for all of them.
     """
 
@@ -79,6 +80,7 @@ class Problem:
     stops: Tensor | None = None
     watch: Watch | None = None
     observer: Any = None
+    compile: bool = False
     keep: int | None = None
     recorded: bool = True
     impulses: Impulses | None = None

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import adjoints, solvers, transforms
+from . import adjoints, compiled, solvers, transforms
 from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
@@ -50,6 +50,7 @@ def solve(
     step_times=None,
     events: Event | list[Event] | None = None,
     observer=None,
+    compile: bool = False,
 ) -> Solution:
     """Solves dz/dt = f(t, z) for a batch of samples.
 
@@ -87,6 +88,9 @@ def solve(
         observer: an object with any of the methods attempt, accept and reject (t, z, dt), called for the samples whose
             step is attempted, was accepted, was rejected: t and dt are [samples] ([1] under joint control), z is in the
             structure of z0.
+        compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
+            seconds; they serve all later solves with this f. On the CPU, for explicit adaptive methods, and gradients
+            by "checkpointed". Where that can't be, one warning says why, and the solve is made as without it.
 
     Returns:
         A `Solution`.
@@ -105,12 +109,40 @@ def solve(
     steps = {name: _control.number(name, x) for name, x in steps.items()}
     stops = {"jump_times": jump_times, "step_times": step_times}
     return _untraced(_solve)(
-        equation, z0, t, solver, (rtol, atol), control, adjoint, args, steps, stops, events, observer, dense, on_failure
+        equation,
+        z0,
+        t,
+        solver,
+        (rtol, atol),
+        control,
+        adjoint,
+        args,
+        steps,
+        stops,
+        events,
+        observer,
+        compile,
+        dense,
+        on_failure,
     )
 
 
 def _solve(
-    equation, z0, t, solver, tolerances, control, adjoint, args, steps, stops, events, observer, dense, on_failure
+    equation,
+    z0,
+    t,
+    solver,
+    tolerances,
+    control,
+    adjoint,
+    args,
+    steps,
+    stops,
+    events,
+    observer,
+    compile,
+    dense,
+    on_failure,
 ) -> Solution:
     if not isinstance(equation, ODE):
         hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
@@ -123,6 +155,11 @@ def _solve(
     solver, control, adjoint = chosen(solver, control, adjoint, dt0)
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}")
+    if compile and not adjoint.compiles:
+        able = " or ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.compiles)
+        compiled.warn(equation.f, compiled.Unsupported(f"adjoint={adjoint.name!r} is not compiled, take {able}"))
     events = parse_events(events)
     if transforms.active():
         _require_transformable(adjoint, solver, events)
@@ -151,6 +188,7 @@ def _solve(
         stops=jumps if stops is None else stops if jumps is None else torch.cat([jumps, stops]),
         watch=Watch(events, field, layout) if events else None,
         observer=observer,
+        compile=compile,
     )
     with full_precision(layout.device):
         outcome = adjoint.solve(problem, shift_start(problem, flat, times))

@@ -65,11 +65,13 @@ class Adjoint(abc.ABC):
         exact: whether its gradients are those of the discrete solution. Others are solutions themselves, to a
             tolerance.
         transforms: whether torch.func's transforms and forward-mode AD can go through it.
+        compiles: whether it solves with compiled programs when asked to.
     """
 
     name: str
     exact: bool = True
     transforms: bool = False
+    compiles: bool = False
 
     @abc.abstractmethod
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:

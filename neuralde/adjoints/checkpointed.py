@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import compiled
 from ..discover import discover
 from ..errors import NeuralDEError, Status
 from ..field import full_precision
@@ -48,6 +49,7 @@ class Checkpointed(Adjoint):
     """
 
     name = "checkpointed"
+    compiles = True
 
     def __init__(self, checkpoints: int | None = None):
         self.checkpoints = limit(checkpoints)
@@ -55,12 +57,24 @@ class Checkpointed(Adjoint):
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """See `Adjoint.solve`."""
         problem = limited(problem, self.checkpoints)
+        engine = compiled.engine(problem) if problem.compile else None
         if not torch.is_grad_enabled():
-            return plain(discover(problem, z0, problem.field.first(problem.first_instant, z0, problem.end)))
-        uses = Dependencies(problem, z0, self.name)
+            return plain(
+                (engine and engine.discover(problem, z0))
+                or discover(problem, z0, problem.field.first(problem.first_instant, z0, problem.end))
+            )
+        run = _Run(problem, z0, self.name)
+        if engine is not None:
+            # A full look at what f uses takes longer than a compiled solve: once is enough, but for an inspection.
+            tensors = engine.tensors(problem)
+            if tensors is None:
+                tensors = engine.learn(problem, run.uses.tensors)
+            ran = None if tensors is None else engine.discover(problem, z0)
+            if ran is not None:
+                return self._compiled(run, engine, ran, z0, tensors)
+        uses = run.uses
         if not (z0.requires_grad or uses.tensors):
             return plain(discover(problem, z0, uses.slope))
-        run = _Run(problem, uses)
         final, interior, error, stiffness, states = _Solve.apply(run, z0, *uses.tensors)
         outcome = plain(run.trajectory)
         outcome.final, outcome.interior = final, interior
@@ -70,6 +84,17 @@ class Checkpointed(Adjoint):
             outcome.lost = functools.partial(without_gradient, like=[final], message=_LOST)
         else:
             outcome.states = packed(states, run.trajectory)
+        return outcome
+
+    @staticmethod
+    def _compiled(run: _Run, engine: compiled.Engine, ran: compiled.Ran, z0: Tensor, tensors) -> Outcome:
+        run.trajectory, outcome = ran, plain(ran)
+        if not (z0.requires_grad or tensors):
+            return outcome
+        outcome.final, figures, states = _SolveCompiled.apply(run, engine, z0, *tensors)
+        outcome.error = outcome.error and (lambda: ran.reported(figures, 0))
+        outcome.stiffness = outcome.stiffness and (lambda: ran.reported(figures, 1))
+        outcome.states = packed(states, ran)
         return outcome
 
 
@@ -83,9 +108,13 @@ _LOST = (
 class _Run:
     """What the forward and the backward pass share beside tensors."""
 
-    def __init__(self, problem: Problem, uses: Dependencies):
-        self.problem, self.uses = problem, uses
+    def __init__(self, problem: Problem, z0: Tensor, adjoint: str):
+        self.problem, self.z0, self.adjoint = problem, z0.detach().requires_grad_(z0.requires_grad), adjoint
         self.trajectory: Trajectory | None = None
+
+    @functools.cached_property
+    def uses(self) -> Dependencies:
+        return Dependencies(self.problem, self.z0, self.adjoint)
 
     @property
     def done(self) -> Tensor:
@@ -125,6 +154,36 @@ class _Solve(torch.autograd.Function):
             if torch.is_grad_enabled():
                 return None, *_differentiable_backward(ctx.run, z0, cotangents)
             return None, *_backward(ctx.run, z0, cotangents)
+
+
+class _SolveCompiled(torch.autograd.Function):
+    """The same for a solve that was compiled; errors and stiffness are as the programs logged them."""
+
+    @staticmethod
+    def forward(ctx, run: _Run, engine: compiled.Engine, z0: Tensor, *tensors: Tensor):
+        ran = ctx.ran = run.trajectory
+        ctx.run, ctx.engine, ctx.tensors = run, engine, tensors
+        ctx.save_for_backward(z0, *tensors)
+        ctx.set_materialize_grads(False)
+        return ran.final.detach(), ran.figures.detach(), ran.stand_in()
+
+    @staticmethod
+    def backward(ctx, final, figures, states):
+        z0, *_ = ctx.saved_tensors
+        run, ran = ctx.run, ctx.ran
+        if states is None and not torch.is_grad_enabled():
+            found = ctx.engine.backward(ran, ctx.tensors, final, figures)
+            if found is not None:
+                gradients, off = found
+                if off > torch.finfo(z0.dtype).eps ** 0.5 * float(ran.final.abs().max()):
+                    run.uses.complain_of_change()
+                return None, None, *gradients
+        cotangents = final, None, *ran.of_steps(figures), states
+        with run.uses.followed():
+            go = _differentiable_backward if torch.is_grad_enabled() else _backward
+            z0_gradient, *gradients = go(run, z0, cotangents)
+        found = {id(x): gradient for x, gradient in zip(run.uses.tensors, gradients, strict=True)}
+        return None, None, z0_gradient, *(found.get(id(x)) for x in ctx.tensors)
 
 
 def _backward(run: _Run, z0: Tensor, cotangents) -> list[Tensor]:

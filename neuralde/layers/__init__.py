@@ -1,6 +1,6 @@
 """Layers: nn.Modules over `solve`."""
 
-from .neural_ode import NeuralODE
+from .neural_ode import NeuralODE, compile
 from .time import AppendTime, TimeChain
 
-__all__ = ["AppendTime", "NeuralODE", "TimeChain"]
+__all__ = ["AppendTime", "NeuralODE", "TimeChain", "compile"]

@@ -9,6 +9,7 @@ every line is one row of coefficients times the stack [z, d_1, ..., d_s]: one pa
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -251,6 +252,13 @@ class RungeKutta(Solver):
         self.stability_size = tableau.stability_size
         self.fsal = tableau.fsal
         self.calls_per_step = tableau.stages - self.fsal
+        self._bound: _Coefficients | None = None
+
+    def bound(self, z: Tensor, t: Tensor) -> RungeKutta:
+        """The method with its coefficients for states and times like these: torch.compile can't follow a cache."""
+        solver = copy.copy(self)
+        solver._bound = _coefficients(self.tableau, z.dtype, t.dtype, z.device)
+        return solver
 
     def memory(self, z: Tensor, taped: bool) -> _Buffer | _Tape:
         """See `Solver.memory`."""
@@ -269,7 +277,7 @@ class RungeKutta(Solver):
     ) -> Step:
         """See `Solver.attempt`."""
         tableau, last = self.tableau, self.tableau.stages - 1
-        weights = _coefficients(tableau, z.dtype, t.dtype, z.device)
+        weights = self._bound or _coefficients(tableau, z.dtype, t.dtype, z.device)
         times = f.times(t, weights.c, dt)
         memory.start(z, dt)
         memory.append(f(times[0], z) if slope is None else slope)

@@ -1,0 +1,604 @@
+"""The loop and its backward pass as compiled programs: `solve(compile=True)`.
+
+Attempts, the error test and the choice of the next step are one program: a `while_loop` that writes down what it does,
+so that Python is asked again only when its log is full. The gradient is that of "checkpointed": a second program goes
+through the log, from the last attempt to the first, with the vector-Jacobian product of one step. Inductor compiles
+both, with its C++ wrapper.
+
+What may change between solves enters as tensors: states, times, tolerances, parameters, args. What can't be compiled is
+solved as ever, with one warning that says why. So is a solve that fails: the loop in Python says what went wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import algebra, transforms
+from . import control as _control
+from .control import Norm
+from .discover import LEAST, resolution
+from .field import Field, modes, modules, reachable
+from .grid import Record
+from .problem import Problem
+from .solvers import Step
+from .solvers.runge_kutta import RungeKutta
+from .trajectory import Counts, Trajectory
+
+_M = algebra.TENSORS
+_LOG, _LONGEST = 1 << 16, 64  # bytes of states in a log, which is copied at every attempt; attempts in it
+
+
+class Unsupported(Exception):
+    """Why a solve is not compiled."""
+
+
+def engine(problem: Problem) -> Engine | None:
+    """What solves the problem compiled; None, after a warning, where it has to be solved as ever."""
+    f = problem.field.equation.f
+    try:
+        _require_supported(problem)
+        found = _engine(f, problem)
+        if found.broken is not None:
+            raise found.broken
+        return found
+    except Unsupported as cause:
+        warn(f, cause)
+        return None
+
+
+def warn(f, cause: Exception):
+    """Says why a solve of f is not compiled, once for every cause."""
+    told = _known(_TOLD, f, set)
+    if str(cause) not in told:
+        told.add(str(cause))
+        warnings.warn(f"compile=True has no effect: {cause}; the solve runs as without it", UserWarning, stacklevel=7)
+
+
+_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _known(memory: weakref.WeakKeyDictionary, f, make: Callable):
+    """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once."""
+    key = f.__code__ if isinstance(f, types.FunctionType) else f
+    try:
+        return memory.setdefault(key, make())
+    except TypeError:  # can't be referred to weakly
+        return make()
+
+
+def _require_supported(problem: Problem):
+    """Raises Unsupported."""
+    field, solver, layout, control = problem.field, problem.solver, problem.field.layout, problem.control
+    for unsupported, cause in (
+        (layout.device.type != "cpu", f"on {layout.device.type} nothing is compiled yet"),
+        (transforms.active(), "a transform of torch.func or forward mode is around the solve"),
+        (not isinstance(solver, RungeKutta), f"solver {solver.name!r} is not an explicit Runge-Kutta method"),
+        (not control.adaptive, "its steps are fixed"),
+        (layout.dtype not in (torch.float32, torch.float64), f"states of {layout.dtype} are not compiled"),
+        (field.autocast, "autocast is on"),
+        (problem.watch is not None, "it has events"),
+        (problem.stops is not None, "it has jump_times or step_times"),
+        (problem.observer is not None, "it has an observer"),
+        (problem.interior is not None, "it has output times between its start and its end"),
+        (problem.keep_stages, "dense=True keeps the stages; leave it out"),
+        (problem.keep is not None, "the adjoint has checkpoints=k"),
+        ((problem.dt_min, problem.dt_max) != (None, None), "it has dt_min or dt_max"),
+        (not problem.norm.plain, "a tolerance per component or a norm of its own is not compiled"),
+    ):
+        if unsupported:
+            raise Unsupported(cause)
+
+
+def _engine(f, problem: Problem) -> Engine:
+    field, layout = problem.field, problem.field.layout
+    leaves, tree = _leaves(field.args), pytree.tree_structure(field.args)
+    if not all(isinstance(x, Tensor) for x in leaves):
+        raise Unsupported("args holds something other than tensors")
+    training = tuple(m.training for m in f.modules()) if isinstance(f, nn.Module) else modes(f)
+    key = (
+        training, field.equation.takes_time, layout.tree, layout.shapes, layout.dtype, problem.control, problem.solver,
+        problem.dt0 is None, tree, len(leaves),
+    )  # fmt: skip
+    engines = _known(_ENGINES, f, dict)
+    if key not in engines:
+        engines[key] = Engine(problem, tree)
+    return engines[key]
+
+
+def _leaves(args) -> list:
+    return [] if args is None else pytree.tree_leaves(args)
+
+
+class Log(NamedTuple):
+    """What a program writes down of its attempts: [attempts, ...].
+
+    Attributes:
+        s, h, end: where they started, their size, where they ended, [groups]; times run forward.
+        ok: which were accepted, [groups]. figures: of `control.Judge`, [1 or 3, groups].
+        z: where they started, [batch, features].
+    """
+
+    s: Tensor
+    h: Tensor
+    end: Tensor
+    ok: Tensor
+    figures: Tensor
+    z: Tensor
+
+
+class _Stand(NamedTuple):
+    """Where the samples stand: all [groups], but for z and slope, [batch, features]."""
+
+    s: Tensor
+    h: Tensor
+    z: Tensor
+    slope: Tensor
+    previous: Tensor
+    live: Tensor
+    failed: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+class _VectorField:
+    """f as a traced step calls it: no counting, no checks."""
+
+    def __init__(self, field: Field, f: Callable, args):
+        self.field, self.f, self.args = field, f, args
+
+    def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
+        """See `Field.times`."""
+        return self.field.times(t, c, dt)
+
+    def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
+        """dz/dt, [batch, features]."""
+        return self.field.pure(self.f, t, z, self.args)
+
+
+class _Holder(nn.Module):
+    """A function with the Modules that it uses, whose parameters can be lent to it."""
+
+    def __init__(self, f: Callable, used: Sequence[nn.Module]):
+        super().__init__()
+        self.f, self.used = f, nn.ModuleList(used)
+
+    def forward(self, *arguments):
+        return self.f(*arguments)
+
+
+class Engine:
+    """The programs of one f, solver, control and kind of state, and what they are given.
+
+    Args:
+        problem: the first one to be solved. tree: of its args.
+
+    Attributes:
+        broken: why the programs can't be made, once that is known.
+    """
+
+    def __init__(self, problem: Problem, tree: pytree.TreeSpec):
+        self.broken: Unsupported | None = None
+        self._field = problem.field.without_args()
+        like = problem.start.new_zeros(1, dtype=problem.field.layout.work_dtype)
+        self._solver = problem.solver.bound(like, problem.start)
+        self._control, self._tree, self._joint = problem.control, tree, problem.joint
+        self._checked = self._known = False
+        self._begin, self._continue = _program(self._beginning), _program(self._loop)
+        self._back: dict[tuple, Callable] = {}
+
+    def tensors(self, problem: Problem) -> list[Tensor] | None:
+        """What wants a gradient beside z0: f's parameters and args. None if there may be other tensors."""
+        f = problem.field.equation.f
+        if not self._known:
+            return None
+        found = reachable(f)
+        own = {id(p) for p in Lent.holder_of(f).parameters()}
+        if any(id(x) not in own for x in found):
+            return None
+        return [*(x for x in _leaves(problem.field.args) if x.requires_grad), *found]
+
+    def learn(self, problem: Problem, tensors: list[Tensor]) -> list[Tensor] | None:
+        """Takes in what a full look at f found: the same; or None, after a warning, if it can't be compiled."""
+        try:
+            Lent.of(problem, tensors)
+        except Unsupported as cause:
+            self._give_up(problem, cause)
+            return None
+        self._known = True
+        return tensors
+
+    # -- forwards ------------------------------------------------------------------------------------------------------
+
+    def discover(self, problem: Problem, z0: Tensor) -> Ran | None:
+        """Solves; None where the solve fails, or where it has to be made as ever (after a warning)."""
+        try:
+            return self._discover(problem, z0.detach())
+        except Unsupported as cause:
+            self._give_up(problem, cause)
+        except Exception as error:  # whatever the compiler says of f
+            self._give_up(problem, Unsupported(_first_line(error)))
+        return None
+
+    def _give_up(self, problem: Problem, cause: Unsupported):
+        self.broken = cause
+        warn(problem.field.equation.f, cause)
+
+    @torch.no_grad()
+    def _discover(self, problem: Problem, z0: Tensor) -> Ran | None:
+        field, budget = problem.field, problem.max_steps
+        if not self._checked:
+            field.first(problem.start, z0, problem.end)
+            if field.random:
+                raise Unsupported("f draws random numbers")
+            self._checked = True
+        leaves, tolerances = _leaves(field.args), self._tolerances(problem, z0)
+        most = max(2, min(_LONGEST, _LOG // (z0.numel() * z0.element_size())))
+        log = self._empty(most, z0, problem.start)
+        limit = torch.tensor(min(most, budget))
+        h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
+        f = field.equation.f
+        count, *found = self._begin(f, leaves, z0, problem.start, problem.end, *tolerances, h, limit, *log)
+        logs = []
+        while True:
+            stand, log = _Stand(*found[:9]), Log(*found[9:])
+            made, live, failed = torch.stack([count, stand.live.any(), stand.failed.any()]).tolist()
+            logs.append((made, log))
+            budget -= made
+            if failed or (live and not budget):
+                return None
+            if not live:
+                break
+            limit = torch.tensor(min(most, budget))
+            count, *found = self._continue(
+                f, leaves, problem.start, problem.end, *tolerances, limit, *stand, *self._empty(most, z0, problem.start)
+            )
+        field.calls += sum(made for made, _ in logs) * self._solver.calls_per_step + 1 + (problem.dt0 is None)
+        return Ran(problem, z0, stand, logs)
+
+    @staticmethod
+    def _tolerances(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.full((1, 1), x, dtype=z.dtype) for x in (problem.norm.rtol, problem.norm.atol))
+
+    def _empty(self, most: int, z0: Tensor, t: Tensor) -> Log:
+        groups, figures = t.shape[0], 3 if self._solver.reports_stiffness else 1
+        s, h, end = (t.new_empty(most, groups) for _ in range(3))
+        ok, figures = t.new_empty(most, groups, dtype=torch.bool), t.new_empty(most, figures, groups)
+        return Log(s, h, end, ok, figures, z0.new_empty(most, *z0.shape))
+
+    def _beginning(self, f, leaves, z0, t, t1, rtol, atol, h, limit, *log):
+        """Traced: the slope at the start, the first step size, and the first attempts."""
+        vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
+        slope = vector_field(vector_field.times(t)[0], z0)
+        if h is None:
+            h = _control.initial_step(vector_field, t, z0, slope, t1 - t, self._solver.order, norm, _M)
+        s, live = t * _direction(t, t1), torch.ones_like(t, dtype=torch.bool)
+        none, memory = torch.zeros_like(t, dtype=torch.int64), self._control.first_memory(t, _M)
+        stand = _Stand(s, h, z0, slope, memory, live, ~live, none, none)
+        return self._loop(f, leaves, t, t1, rtol, atol, limit, *(x.clone() for x in stand), *log)
+
+    def _loop(self, f, leaves, t, t1, rtol, atol, limit, *carried):
+        """Traced: attempts until all samples are at their ends, or as many as the log holds."""
+        vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
+        solver, control = self._solver, self._control
+        exponents = control.exponents(solver.order, solver.exponents)
+        direction = _direction(t, t1)
+        s0, s1 = t * direction, t1 * direction
+
+        def more(made, *carried):
+            return (made < limit) & _Stand(*carried[:9]).live.any()
+
+        def attempt(made, *carried):
+            at, log = _Stand(*carried[:9]), Log(*carried[9:])
+            left = s1 - at.s
+            last = at.h >= left
+            h = torch.where(last, left, torch.minimum(at.h, 0.5 * left))
+            end = torch.where(last, s1, at.s + h)
+            memory = solver.memory(at.z, True)
+            step = solver.attempt(vector_field, at.s * direction, h * direction, at.z, at.slope, memory)
+            figures = self._figures(norm, step, at.z)
+            ratio = _M.known(figures[0])
+            ok = at.live & (ratio <= 1.0)
+            column, planned = ok[:, None], h * control.factor(ratio, at.previous, ok, exponents, _M)
+            s = torch.where(ok, end, at.s)
+            hopeless = at.live & ~(ok & last) & (planned <= torch.maximum(s.abs() * resolution(s), (s1 - s0) * LEAST))
+            stand = _Stand(
+                s=s,
+                h=planned,
+                z=torch.where(column, step.z, at.z),
+                slope=torch.where(column, step.slope_end, at.slope),
+                previous=control.remember(ratio, at.previous, ok, _M),
+                live=at.live & ~(ok & last) & ~hopeless,
+                failed=at.failed | hopeless,
+                accepted=at.accepted + ok,
+                rejected=at.rejected + (at.live & ~ok),
+            )
+            row = made.reshape(1)
+            now = Log(at.s, h, end, ok, figures, at.z)
+            return made + 1, *stand, *(x.index_copy(0, row, new[None]) for x, new in zip(log, now, strict=True))
+
+        return _while_loop(more, attempt, (torch.zeros((), dtype=torch.int64), *carried))
+
+    def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
+        """Traced: what a `Judge` says of a step from z, [1 or 3, groups]."""
+        figures = [norm.ratio(step.error, z, step.z)]
+        if step.pair is not None:
+            slope_x, slope_y, x, y = step.pair
+            figures += [_control.rms(slope_x - slope_y, self._joint), _control.rms(x - y, self._joint)]
+        return torch.stack(figures)
+
+    def _of(self, f, leaves) -> _VectorField:
+        return _VectorField(self._field, f, pytree.tree_unflatten(leaves, self._tree) if leaves else None)
+
+    # -- backwards -----------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, ran: Ran, tensors: Sequence[Tensor], final: Tensor | None, figures: Tensor | None
+    ) -> tuple[list[Tensor | None], float] | None:
+        """The gradients; None where they have to be made as ever (after a warning).
+
+        Args:
+            ran: the solve. tensors: what wants a gradient beside z0.
+            final: the loss's gradient, [batch, features]. figures: that of `Ran.figures`. Each may be None.
+
+        Returns:
+            Those of z0 and of the tensors; and by how much the last step, made again, was off.
+        """
+        try:
+            uses = Lent.of(ran.problem, tensors)
+            (costate, *sums), off = self._gradients(ran, uses, final, figures)
+        except Unsupported as cause:
+            self._give_up(ran.problem, cause)
+        except Exception as error:  # whatever the compiler says of f
+            self._give_up(ran.problem, Unsupported(_first_line(error)))
+        else:
+            found = {id(x): gradient for x, gradient in zip(uses.tensors, sums, strict=True)}
+            return [costate, *(found[id(x)] for x in tensors)], float(off)
+        return None
+
+    @torch.no_grad()
+    def _gradients(self, ran: Ran, uses: Lent, final: Tensor | None, figures: Tensor | None):
+        problem, lens = ran.problem, figures is not None
+        kind = uses.names, uses.wanted, lens
+        if kind not in self._back:
+            self._back[kind] = _program(functools.partial(self._backwards, *kind))
+        program = self._back[kind]
+        costate = torch.zeros_like(ran.final) if final is None else final
+        sums, off = [torch.zeros_like(x) for x in uses.tensors], costate.new_zeros(())
+        leaves, tolerances = _leaves(problem.field.args), self._tolerances(problem, costate)
+        leaves, own = [x.detach() for x in leaves], [x.detach() for x in uses.tensors]
+        end = len(ran.logs) * len(ran.logs[0][1].s)
+        for made, log in reversed(ran.logs):
+            end -= len(log.s)
+            weights = None if figures is None else figures[end : end + len(log.s)]
+            checked = ran.final if log is ran.logs[-1][1] else None
+            costate, off, *sums = program(
+                uses.holder, leaves, own, problem.start, problem.end, *tolerances, torch.tensor(made), costate, off,
+                checked, weights, log.s, log.h, log.ok, log.z, *sums,
+            )  # fmt: skip
+        return [costate, *sums], off
+
+    def _backwards(
+        self, names, wanted, lens, holder, leaves, own, t, t1, rtol, atol, made, costate, off, final, weights,
+        s_log, h_log, ok_log, z_log, *sums,
+    ):  # fmt: skip
+        """Traced: the logged attempts from the last to the first."""
+        solver, norm, direction = self._solver, Norm(rtol, atol, self._joint), _direction(t, t1)
+
+        def more(j, *carried):
+            return j >= 0
+
+        def step_back(j, costate, off, *sums):
+            row = j.reshape(1)
+            s, h, ok, z = (x.index_select(0, row)[0] for x in (s_log, h_log, ok_log, z_log))
+            # Who was rejected makes a step of size zero, which is finite.
+            t, dt, column = s * direction, torch.where(ok, h, 0.0) * direction, ok[:, None]
+
+            def step(z, *own):
+                lent, given = own[: len(names)], list(leaves)
+                for i, x in zip(wanted, own[len(names) :], strict=True):
+                    given[i] = x
+                call = holder
+                if names:
+                    call = functools.partial(_lend, holder, dict(zip(names, lent, strict=True)))
+                made = solver.attempt(self._of(call, given), t, dt, z, None, solver.memory(z, True), lens=lens)
+                if not lens:
+                    return (made.z,)
+                return made.z, self._figures(norm, made, z)
+
+            (end, *_), pullback = torch.func.vjp(step, z, *own)
+            cotangents = [torch.where(column, costate, 0.0)]
+            if lens:
+                cotangents.append(torch.where(ok, weights.index_select(0, row)[0], 0.0))
+            back, *parts = pullback(tuple(cotangents))
+            if final is not None:
+                now = torch.where(column & (j == made - 1), end - final, 0.0).abs().amax()
+                off = torch.maximum(off, now)
+            sums = [(x + y).contiguous() for x, y in zip(sums, parts, strict=True)]
+            return j - 1, torch.where(column, back, costate), off.clone(), *sums
+
+        _, *found = _while_loop(more, step_back, (made - 1, costate.clone(), off.clone(), *(x.clone() for x in sums)))
+        return found
+
+
+def _lend(holder: nn.Module, lent: dict[str, Tensor], *arguments):
+    return torch.func.functional_call(holder, lent, arguments)
+
+
+def _direction(t: Tensor, t1: Tensor) -> Tensor:
+    return torch.where(t1 < t, -1.0, 1.0).to(t.dtype)
+
+
+def _while_loop(more: Callable, step: Callable, carried: tuple):
+    from torch._higher_order_ops.while_loop import while_loop
+
+    return while_loop(more, step, carried)
+
+
+_NUMBERS = itertools.count()
+
+
+def _program(function: Callable) -> Callable:
+    """The function, compiled at its first call.
+
+    Dynamo remembers its work by code objects. Every program has one of its own, so that no two take each other for a
+    variant of themselves.
+    """
+    number = next(_NUMBERS)
+
+    @functools.cache
+    def made():
+        def program(*arguments):
+            return function(*arguments)
+
+        own = program.__code__.replace(co_name=f"neuralde_{number}")
+        program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
+        options = {"cpp_wrapper": True}
+        if hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe"):  # where guards can be chosen
+            options["guard_filter_fn"] = _worth_guarding
+        return torch.compile(program, fullgraph=True, options=options)
+
+    return lambda *arguments: made()(*arguments)
+
+
+# What never changes: the program's own constants (a tableau has many), torch, and this package. To look at all of them
+# before every call would take as long as a small solve.
+_CONSTANT = ("function", "G['__import_torch", "__import__('torch", "G['__import_neuralde", "G['_M']", "G['__builtins")
+
+
+def _worth_guarding(guards) -> list[bool]:
+    return [not guard.name.startswith(_CONSTANT) for guard in guards]
+
+
+def _first_line(error: Exception) -> str:
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(text[:2])[:300]
+    return f"the compiler failed with {type(error).__name__}" + (f": {said}" if said else "")
+
+
+class Lent(NamedTuple):
+    """What wants a gradient beside z0, and how a program is given it.
+
+    Attributes:
+        holder: a Module that calls f. names: of its parameters that want a gradient. wanted: which leaves of args do.
+        tensors: these parameters and leaves.
+    """
+
+    holder: nn.Module
+    names: tuple[str, ...]
+    wanted: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+    @staticmethod
+    def holder_of(f: Callable) -> nn.Module:
+        """f itself, or a Module that has those in it that f uses."""
+        return f if isinstance(f, nn.Module) else _Holder(f, modules(f))
+
+    @classmethod
+    def of(cls, problem: Problem, tensors: Sequence[Tensor]) -> Lent:
+        """Finds the tensors in f's parameters and in args.
+
+        Raises:
+            Unsupported: one of them is elsewhere.
+        """
+        f = problem.field.equation.f
+        holder = cls.holder_of(f)
+        own = {id(p): name for name, p in holder.named_parameters()}
+        given = {id(x): i for i, x in enumerate(_leaves(problem.field.args))}
+        names = [own[id(x)] for x in tensors if id(x) in own]
+        wanted = [given[id(x)] for x in tensors if id(x) in given and id(x) not in own]
+        for x in tensors:
+            if id(x) not in own and id(x) not in given:
+                raise Unsupported(
+                    f"f closes over a tensor of shape {tuple(x.shape)} that wants a gradient and is no parameter of a "
+                    "Module; pass it through args"
+                )
+        order = [x for x in tensors if id(x) in own] + [x for x in tensors if id(x) in given and id(x) not in own]
+        return cls(holder, tuple(names), tuple(wanted), tuple(order))
+
+
+class Ran(Trajectory):
+    """A trajectory that a program found: a success, put together from its logs.
+
+    Attributes:
+        logs: pairs (attempts made, `Log`).
+    """
+
+    def __init__(self, problem: Problem, z0: Tensor, stand: _Stand, logs: list[tuple[int, Log]]):
+        self.problem, self.logs, self._z0, self._stand = problem, logs, z0, stand
+        self.final, self.interior, self.hits, self.slope = stand.z, None, None, None
+        self.status, self.complete, self._held = torch.zeros_like(stand.accepted), True, None
+
+    @functools.cached_property
+    def reached(self) -> Tensor:  # noqa: D102
+        return self.problem.end
+
+    @functools.cached_property
+    def records(self) -> list[Record]:  # noqa: D102
+        direction, joint = self.problem.span.sign(), self.problem.joint
+        found = []
+        for made, log in self.logs:
+            everyone = log.ok[:made].all(dim=1).tolist()
+            t, dt, end = (x[:made] * direction for x in (log.s, log.h, log.end))
+            ends = end[:, 0].tolist() if joint else end
+            for j in range(made):
+                if everyone[j] or not joint:
+                    accepted = None if everyone[j] else log.ok[j]
+                    found.append(Record(0, None, accepted, t[j], dt[j], ends[j], log.z[j], None, log.figures[j]))
+        return found
+
+    @functools.cached_property
+    def used(self) -> list[int]:
+        """Where in the logs the attempts are that have a record."""
+        long = len(self.logs[0][1].s)
+        rows = [(i * long + j, log.ok[j]) for i, (made, log) in enumerate(self.logs) for j in range(made)]
+        return [i for i, ok in rows if not self.problem.joint or bool(ok)]
+
+    @property
+    def figures(self) -> Tensor:
+        """What the programs logged of errors and stiffness, [rows of all logs, 1 or 3, groups]."""
+        return self.logs[0][1].figures if len(self.logs) == 1 else torch.cat([log.figures for _, log in self.logs])
+
+    def stand_in(self) -> Tensor:
+        """What stands for the states among the outputs of an autograd function: their shape without memory."""
+        taken = int(self._stand.accepted.expand(len(self._z0)).sum())
+        return self.final.new_zeros(1, 1).expand(taken, self.final.shape[1])
+
+    def reported(self, figures: Tensor, which: int) -> Tensor:
+        """The error (0) or the stiffness (1) in `figures`, of accepted steps in the grid's order. Differentiable."""
+        return self._of_steps(_control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[which])
+
+    def of_steps(self, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients by error and stiffness, in the grid's order, from that by `figures`; None without one."""
+        if cotangent is None:
+            return None, None
+        error = self._of_steps(cotangent[:, 0])
+        if not self.problem.solver.reports_stiffness:
+            return error, None
+        # The stiffness is the second figure over the third one and the step size.
+        return error, self._of_steps(cotangent[:, 1] * self.figures[:, 2] * self._sizes)
+
+    @functools.cached_property
+    def _sizes(self) -> Tensor:
+        return torch.cat([log.h for _, log in self.logs])
+
+    def _of_steps(self, values: Tensor) -> Tensor:
+        return self.grid.gather([values[i] for i in self.used], self.problem.start)
+
+    @functools.cached_property
+    def counts(self) -> Counts:  # noqa: D102
+        solver, stand = self.problem.solver, self._stand
+        nfe = (stand.accepted + stand.rejected) * solver.calls_per_step + 1 + (self.problem.dt0 is None)
+        none = torch.zeros_like(stand.accepted)
+        every = (stand.accepted, stand.rejected, nfe.clamp(min=1), none, none, none)
+        return Counts(*(x.expand(len(self._z0)) for x in every))

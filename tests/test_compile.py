@@ -1,0 +1,308 @@
+"""Compiled solves: the same as others, made by few programs; and what can't be compiled is solved all the same."""
+
+import copy
+import shutil
+import warnings
+
+import pytest
+import torch
+from helpers import ADAPTIVE, ADJOINTS, CONTROLS, SOLVERS, close, options, refused
+from torch import nn
+
+import neuralde as nde
+import regularizers as reg
+from neuralde.solvers.runge_kutta import RungeKutta
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+BATCH, SIZE = 5, 3
+METHODS = [name for name in ADAPTIVE if isinstance(nde.solvers.get(name), RungeKutta)]  # what is compiled
+
+
+class F(nn.Module):
+    """A vector field with parameters, time, and args of every sample and of all."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        self.inner, self.outer = nn.Linear(SIZE, 7).double(), nn.Linear(7, SIZE).double()
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, t, z, args):
+        return self.outer(torch.tanh(self.inner(z))) * args["rate"] * torch.cos(t) - args["decay"] * z
+
+
+FIELD = F()  # one for all tests: its programs are made once
+
+
+class Case:
+    """A solve of `FIELD`, compiled or not, with its loss."""
+
+    def __init__(self, batch=BATCH, **how):
+        generator = torch.Generator().manual_seed(9)
+        self.z0 = torch.randn(batch, SIZE, generator=generator, dtype=torch.float64).requires_grad_()
+        self.args = {
+            "rate": torch.linspace(0.5, 2.0, batch, dtype=torch.float64)[:, None].requires_grad_(),
+            "decay": torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
+        }
+        self.how = {"solver": "dopri5", "control": "joint", "rtol": 1e-6, "atol": 1e-6, "t": (0.0, 1.5)} | how
+        self.inputs = [self.z0, *self.args.values(), *FIELD.parameters()]
+
+    def solve(self, compile, **more):
+        return nde.solve(nde.ODE(FIELD), self.z0, args=self.args, compile=compile, **(self.how | more))
+
+
+def same(x, y, within):
+    for a, b in zip(x, y, strict=True):
+        close(a, b, within * max(1.0, float(b.detach().abs().max())))
+
+
+@pytest.fixture
+def silent():
+    """Nothing may be solved otherwise than compiled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+# (Error ratios are differences of nearly equal numbers: last digits show.)
+PENALTIES = {
+    "final": lambda s: 0.0,
+    "figures": lambda s: reg.GlobalError()(s) + 1e-3 * reg.GlobalStiffness()(s),
+    "states": lambda s: (s.steps.z**2).sum() + (s(0.3) ** 2).sum(),
+}
+
+
+def compiled_and_not(case, penalty):
+    found = []
+    for compile in (True, False):
+        solution = case.solve(compile)
+        loss = (solution.final**2).sum() + PENALTIES[penalty](solution)
+        found.append((solution, torch.autograd.grad(loss, case.inputs)))
+    return found
+
+
+def agree(case, penalty="final"):
+    (mine, gradients), (theirs, expected) = compiled_and_not(case, penalty)
+    close(mine.final, theirs.final, 1e-11)
+    assert str(mine.stats).split(", function")[0] == str(theirs.stats).split(", function")[0]
+    for name in ("accepted", "rejected", "nfe"):
+        assert torch.equal(getattr(mine.stats, name), getattr(theirs.stats, name))
+    for name in ("t", "dt", "z"):  # the last digits of error estimates show in the step sizes
+        close(getattr(mine.steps, name).nan_to_num(), getattr(theirs.steps, name).nan_to_num(), 1e-6)
+    same(gradients, expected, 1e-9 if penalty == "final" else 1e-6)
+    return mine
+
+
+@COMPILER
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_compiled_solve_is_the_same(silent, penalty):
+    agree(Case(), penalty)
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("solver", METHODS)
+def test_every_method_and_control(silent, solver, control):
+    case = Case(solver=solver, control=control, rtol=1e-5)
+    mine = agree(case)
+    if control == "per_sample":
+        assert len(mine.stats.accepted.unique()) > 1
+    if mine.solver.reports_stiffness:
+        agree(case, "figures")
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"t": (1.5, -0.3)},
+        {"dt0": 0.9},
+        {"rtol": 1e-9, "atol": 1e-9, "t": (0.0, 30.0)},
+        {"batch": 7},
+        {"batch": 11},
+    ],
+    ids=["backwards", "rejected", "many attempts", "another batch", "and another"],
+)
+def test_the_same_programs_serve_other_solves(silent, how):
+    mine = agree(Case(**how))
+    if "dt0" in how:
+        assert int(mine.stats.rejected.max()) > 0
+    if "rtol" in how:
+        assert int(mine.stats.accepted.max()) > 128  # more than twice what a log holds
+
+
+@COMPILER
+def test_few_programs_for_a_training_run(silent):
+    """Step counts, tolerances, horizons, parameters and batch sizes change; programs are made in the first steps."""
+    from torch._dynamo.utils import counters
+
+    before = copy.deepcopy(FIELD.state_dict())
+    optimizer = torch.optim.Adam(FIELD.parameters(), lr=1e-2)
+    made, accepted = [], set()
+    for step in range(200):
+        case = Case(batch=(6, 8, 9, 13)[step % 4])
+        how = {"rtol": 10.0 ** -(3 + step % 5), "t": (0.0, 1.0 + 0.01 * step), "atol": 1e-5}
+        solution = case.solve(True, **how)
+        accepted.add(int(solution.stats.accepted[0]))
+        optimizer.zero_grad()
+        (solution.final**2).mean().backward()
+        optimizer.step()
+        made.append(counters["stats"]["unique_graphs"])
+    FIELD.load_state_dict(before)
+    assert len(accepted) > 4
+    assert made[2] > 0 and made[-1] == made[2]
+
+
+@COMPILER
+def test_a_function_made_anew_is_compiled_once(silent):
+    """Also one of a tuple of tensors, whose Module it closes over; parameters are exchanged in place."""
+    from torch._dynamo.utils import counters
+
+    net, made = nn.Linear(2, 2).double(), []
+    for scale in (1.0, 0.5, 0.3):
+        with torch.no_grad():
+            net.weight.mul_(scale)
+        z0 = tuple(torch.ones(4, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        found = []
+        for compile in (True, False):
+            equation = nde.ODE(lambda t, z: (z[1], net(torch.sin(z[0]))))
+            solution = nde.solve(equation, z0, (0.0, 1.0), control="joint", rtol=1e-6, atol=1e-6, compile=compile)
+            found.append(torch.autograd.grad((solution.final[0] ** 2).sum(), [*z0, *net.parameters()]))
+        same(*found, 1e-9)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] == made[-1]
+
+
+@COMPILER
+def test_a_failing_solve_says_the_same():
+    case = Case()
+    with torch.no_grad():
+        for more, kind in (({"max_steps": 5}, nde.MaxStepsReached), ({"t": (0.0, 1e6)}, nde.MaxStepsReached)):
+            said = []
+            for compile in (True, False):
+                with pytest.raises(kind) as caught:
+                    case.solve(compile, **more)
+                said.append((str(caught.value), caught.value.t))
+            assert said[0] == said[1]
+
+
+@COMPILER
+def test_second_derivatives(silent):
+    case, found = Case(rtol=1e-4), []
+    for compile in (True, False):
+        (first,) = torch.autograd.grad(case.solve(compile).final.sum(), case.z0, create_graph=True)
+        found.append(torch.autograd.grad((first**2).sum(), case.z0))
+    same(*found, 1e-8)
+
+
+@COMPILER
+def test_changes_of_f_before_the_backward_pass_are_noticed():
+    case = Case()
+    solution = case.solve(True)
+    with torch.no_grad():
+        FIELD.inner.weight.data.mul_(1.5)
+    try:
+        with refused(nde.NeuralDEError, "another result in the backward pass"):
+            solution.final.sum().backward()
+    finally:
+        FIELD.inner.weight.data.div_(1.5)
+
+
+# -- what is not compiled ----------------------------------------------------------------------------------------------
+
+F_PLAIN = nn.Linear(2, 2)
+Z0 = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("cause", "how"),
+    [
+        ("explicit Runge-Kutta", {"solver": "vcab3"}),
+        ("explicit Runge-Kutta", {"solver": "rodas5p"}),
+        ("steps are fixed", {"solver": "rk4", "dt0": 0.1}),
+        ("events", {"events": nde.Event(lambda t, z: z[:, 0] - 9.0)}),
+        ("jump_times", {"jump_times": [0.5]}),
+        ("observer", {"observer": object()}),
+        ("output times", {"t": (0.0, 0.5, 1.0)}),
+        ("dense=True", {"dense": True}),
+        ("dt_min or dt_max", {"dt_max": 0.5}),
+        ("tolerance per component", {"rtol": torch.tensor([1e-3, 1e-4])}),
+        ("checkpoints=k", {"adjoint": nde.adjoints.Checkpointed(3)}),
+        ("bfloat16", {"z0": Z0.bfloat16(), "f": lambda t, z: -z}),
+        ("other than tensors", {"args": (1.0, Z0), "f": lambda t, z, args: -z * args[0]}),
+        ("random numbers", {"f": lambda t, z: -z + 0.0 * torch.rand(())}),
+        *(("is not compiled", {"adjoint": name}) for name in ADJOINTS if not nde.adjoints.get(name).compiles),
+    ],
+    ids=str,
+)
+def test_what_is_not_compiled_says_why_once_and_is_solved(cause, how):
+    f, z0 = how.get("f", copy.deepcopy(F_PLAIN)), how.get("z0", Z0)
+    how = {"t": (0.0, 1.0), "control": "joint"} | {k: x for k, x in how.items() if k not in ("f", "z0")}
+    with pytest.warns(UserWarning, match="compile=True has no effect.*" + cause):
+        mine = nde.solve(nde.ODE(f), z0, compile=True, **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = nde.solve(nde.ODE(f), z0, compile=True, **how)
+    theirs = nde.solve(nde.ODE(f), z0, **how)
+    assert torch.equal(mine.zs, theirs.zs) and torch.equal(again.zs, theirs.zs)
+
+
+@pytest.mark.parametrize(
+    "solver", [s if s not in METHODS else pytest.param(s, marks=pytest.mark.slow) for s in SOLVERS]
+)
+def test_what_is_compiled_is_known_for_every_solver(solver):
+    """A new solver shows in `METHODS`, or warns."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            nde.solve(nde.ODE(copy.deepcopy(F_PLAIN)), Z0, (0.0, 0.1), compile=True, control="joint", **options(solver))
+        finally:
+            warned = any("compile=True has no effect" in str(w.message) for w in said)
+    if shutil.which("g++"):
+        assert warned is (solver not in METHODS)
+
+
+@COMPILER
+def test_f_that_the_compiler_refuses():
+    f = lambda t, z: -z if float(z.detach().sum()) > -1e9 else z  # noqa: E731
+    z0 = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UserWarning, match="the compiler failed"):
+        solution = nde.solve(nde.ODE(f), z0, (0.0, 1.0), compile=True, control="joint")
+    solution.final.sum().backward()
+    theirs = nde.solve(nde.ODE(f), z0, (0.0, 1.0), control="joint")
+    assert torch.equal(solution.final, theirs.final)
+
+
+@COMPILER
+def test_a_closed_over_tensor_has_its_gradient_all_the_same():
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    z0 = torch.ones(2, 2, dtype=torch.float64)
+    found = []
+    for compile in (True, False):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            solution = nde.solve(nde.ODE(lambda t, z: -w * z), z0, (0.0, 1.0), compile=compile, control="joint")
+        causes = [str(x.message) for x in said]
+        assert any("closes over a tensor" in x and "through args" in x for x in causes) is compile
+        found.append(torch.autograd.grad(solution.final.sum(), w))
+    same(*found, 1e-10)
+
+
+# -- nde.compile -------------------------------------------------------------------------------------------------------
+
+
+def test_compile_turns_the_option_on():
+    assert nde.compile({"rtol": 1e-4}) == {"rtol": 1e-4, "compile": True}
+    model = nn.Sequential(nn.Linear(2, 2), nde.NeuralODE(nn.Linear(2, 2)), nn.Linear(2, 1))
+    assert nde.compile(model) is model
+    assert model[1].solve_options["compile"] is True
+    with refused(ValueError, "no NeuralODE"):
+        nde.compile(nn.Linear(2, 2))
+    with refused(TypeError, "a Module or a dict"):
+        nde.compile("model")
+    with refused(TypeError, "compile must be True or False"):
+        nde.solve(nde.ODE(F_PLAIN), Z0, (0.0, 1.0), compile="yes")
