@@ -6,7 +6,6 @@ its gradient that of its default adjoint, recursive checkpointing. Compilation i
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import statistics
 import time
@@ -58,11 +57,13 @@ class Contender:
         self.loss = loss or (lambda z0: 0.5 * solve(z0).square().sum())
         self.z0 = work.z0.clone().requires_grad_()
 
-    def forward(self):
+    def forward(self) -> Tensor:
+        """z(1), without a gradient."""
         with torch.no_grad():
             return self.solve(self.work.z0)
 
     def both(self) -> list[Tensor]:
+        """The gradients by z0 and the parameters."""
         return list(torch.autograd.grad(self.loss(self.z0), [self.z0, *self.work.f.parameters()]))
 
 
