@@ -189,7 +189,7 @@ class Engine:
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         self.broken: Unsupported | None = None
-        self._field = problem.field.without_args()
+        self._field = problem.field.signature()
         like = problem.start.new_zeros(1, dtype=problem.field.layout.work_dtype)
         self._solver = problem.solver.bound(like, problem.start)
         self._control, self._tree, self._joint = problem.control, tree, problem.joint

@@ -10,6 +10,7 @@ import sys
 import types
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class Field:
         return self._apply(t, z, args)
 
     def _apply(self, t, z: Tensor, args, f=None):
-        f, z = f or self.equation.f, z if self._plain else self.layout.unpack(z)
+        f, z = self.equation.f if f is None else f, z if self._plain else self.layout.unpack(z)
         if not self.equation.takes_time:
             return f(z)
         return f(t, z) if args is None else f(t, z, args)
@@ -106,10 +107,10 @@ class Field:
         derivative = self._apply(t, z, args, f)
         return derivative if self._plain else self.layout.pack(derivative)
 
-    def without_args(self) -> Field:
-        """What a program may keep of the field."""
+    def signature(self) -> Field:
+        """What a program may keep of the field: how f is called, for `pure`, but neither f nor a tensor."""
         field = copy.copy(self)
-        field.args = field._filler = None
+        field.equation, field.args, field._filler = _Called(self.equation.takes_time), None, None
         return field
 
     @property
@@ -246,6 +247,13 @@ class Field:
         except Exception:  # no values for f: what it reads can't be told
             return True
         return _differ(out[parity::2], full[parity::2], 64 * torch.finfo(self.layout.dtype).eps)
+
+
+@dataclass(frozen=True)
+class _Called:
+    """An equation without its f."""
+
+    takes_time: bool
 
 
 def _version(z: Tensor) -> int:

@@ -1,8 +1,10 @@
 """Compiled solves: the same as others, made by few programs; and what can't be compiled is solved all the same."""
 
 import copy
+import gc
 import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -188,6 +190,16 @@ def test_a_failing_solve_says_the_same():
                     case.solve(compile, **more)
                 said.append((str(caught.value), caught.value.t))
             assert said[0] == said[1]
+
+
+@COMPILER
+def test_nothing_is_kept_of_a_model_that_is_gone():
+    layer = nde.NeuralODE(nn.Linear(2, 2), compile=True)
+    layer(torch.ones(3, 2))
+    gone = weakref.ref(layer.f)
+    del layer
+    gc.collect()
+    assert gone() is None
 
 
 @COMPILER
