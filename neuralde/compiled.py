@@ -578,6 +578,13 @@ class Ran(Trajectory):
         """The error (0) or the stiffness (1) in `figures`, of accepted steps in the grid's order. Differentiable."""
         return self._of_steps(_control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[which])
 
+    def integral(self, figures: Tensor, name: str) -> Tensor:
+        """Σ_j figure_j·|Δt_j|, [batch], of the "error" or the "stiffness" in `figures`. Differentiable."""
+        value = _control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[name == "stiffness"]
+        # Rejected attempts, and rows that no attempt has filled, may hold anything.
+        taken = torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
+        return torch.where(taken, value * self._sizes, 0.0).sum(dim=0).expand(len(self._z0))
+
     def of_steps(self, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The gradients by error and stiffness, in the grid's order, from that by `figures`; None without one."""
         if cotangent is None:

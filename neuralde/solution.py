@@ -208,6 +208,8 @@ class Solution:
 
     def _integral(self, name: str) -> Tensor:
         self.require(name)
+        if self._outcome.integral is not None:
+            return self._outcome.integral(name)
         return (getattr(self.steps, name) * self.steps.dt.abs()).sum(dim=0)
 
     def require(self, name: str) -> None:

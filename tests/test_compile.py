@@ -72,6 +72,7 @@ def silent():
 # (Error ratios are differences of nearly equal numbers: last digits show.)
 PENALTIES = {
     "final": lambda s: 0.0,
+    "steps": lambda s: (s.steps.error * s.steps.dt).sum() + 1e-3 * (s.steps.stiffness**2).sum(),
     "figures": lambda s: reg.GlobalError()(s) + 1e-3 * reg.GlobalStiffness()(s),
     "states": lambda s: (s.steps.z**2).sum() + (s(0.3) ** 2).sum(),
 }
@@ -249,7 +250,7 @@ Z0 = torch.ones(3, 2)
         ("random numbers", {"f": lambda t, z: -z + 0.0 * torch.rand(())}),
         *(("is not compiled", {"adjoint": name}) for name in ADJOINTS if not nde.adjoints.get(name).compiles),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_what_is_not_compiled_says_why_once_and_is_solved(cause, how):
     f, z0 = how.get("f", copy.deepcopy(F_PLAIN)), how.get("z0", Z0)

@@ -32,6 +32,8 @@ class Outcome:
         lost: of a differentiable solve whose states have no gradients: takes a value that was made from them, and
             attaches it to the graph in such a way that asking for its gradient is an error. None elsewhere.
         backward: returns what the last backward solve cost, or None where there was none.
+        integral: "error" or "stiffness" -> Σ_j figure_j·|Δt_j|, [batch], where there is a shorter way to it than over
+            the grid; or None.
     """
 
     trajectory: Trajectory
@@ -42,6 +44,7 @@ class Outcome:
     states: Callable[[], Tensor] | None
     lost: Callable[[Tensor], Tensor] | None = None
     backward: Callable[[], Counts | None] = lambda: None
+    integral: Callable[[str], Tensor] | None = None
 
     @property
     def differentiable_states(self) -> bool:

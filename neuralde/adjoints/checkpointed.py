@@ -94,6 +94,7 @@ class Checkpointed(Adjoint):
         outcome.final, figures, states = _SolveCompiled.apply(run, engine, z0, *tensors)
         outcome.error = outcome.error and (lambda: ran.reported(figures, 0))
         outcome.stiffness = outcome.stiffness and (lambda: ran.reported(figures, 1))
+        outcome.integral = functools.partial(ran.integral, figures)
         outcome.states = packed(states, ran)
         return outcome
 
