@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import algebra, transforms
 from . import control as _control
 from .control import Norm
 from .discover import LEAST, resolution
-from .field import Field, modes, modules, reachable
+from .field import Field, modules, reachable
 from .grid import Record
 from .problem import Problem
 from .solvers import Step
@@ -61,7 +62,7 @@ def warn(f, cause: Exception):
     told = _known(_TOLD, f, set)
     if str(cause) not in told:
         told.add(str(cause))
-        warnings.warn(f"compile=True has no effect: {cause}; the solve runs as without it", UserWarning, stacklevel=7)
+        warnings.warn(f"compile=True has no effect: {cause}; this runs as without it", UserWarning, stacklevel=7)
 
 
 _TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -70,9 +71,8 @@ _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def _known(memory: weakref.WeakKeyDictionary, f, make: Callable):
     """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once."""
-    key = f.__code__ if isinstance(f, types.FunctionType) else f
     try:
-        return memory.setdefault(key, make())
+        return memory.setdefault(f.__code__ if isinstance(f, types.FunctionType) else f, make())
     except TypeError:  # can't be referred to weakly
         return make()
 
@@ -80,7 +80,12 @@ def _known(memory: weakref.WeakKeyDictionary, f, make: Callable):
 def _require_supported(problem: Problem):
     """Raises Unsupported."""
     field, solver, layout, control = problem.field, problem.solver, problem.field.layout, problem.control
+    f = field.equation.f
     for unsupported, cause in (
+        (
+            not isinstance(f, nn.Module | types.FunctionType),
+            f"f is a {type(f).__name__}, and only nn.Modules and functions are known again",
+        ),
         (layout.device.type != "cpu", f"on {layout.device.type} nothing is compiled yet"),
         (transforms.active(), "a transform of torch.func or forward mode is around the solve"),
         (not isinstance(solver, RungeKutta), f"solver {solver.name!r} is not an explicit Runge-Kutta method"),
@@ -105,7 +110,13 @@ def _engine(f, problem: Problem) -> Engine:
     leaves, tree = _leaves(field.args), pytree.tree_structure(field.args)
     if not all(isinstance(x, Tensor) for x in leaves):
         raise Unsupported("args holds something other than tensors")
-    training = tuple(m.training for m in f.modules()) if isinstance(f, nn.Module) else modes(f)
+    used = list(f.modules()) if isinstance(f, nn.Module) else modules(f)
+    if any(hooks for m in used for hooks in _hooks(m)) or any(_hooks(torch.nn.modules.module, "_global")):
+        raise Unsupported("a Module has hooks")
+    own = {id(p) for m in used for p in m.parameters()} if leaves else set()
+    if len({id(x) for x in leaves}) < len(leaves) or any(id(x) in own for x in leaves):
+        raise Unsupported("a tensor is in args twice, or is a parameter of f as well")
+    training = tuple(m.training for m in used)
     key = (
         training, field.equation.takes_time, layout.tree, layout.shapes, layout.dtype, problem.control, problem.solver,
         problem.dt0 is None, tree, len(leaves),
@@ -114,6 +125,12 @@ def _engine(f, problem: Problem) -> Engine:
     if key not in engines:
         engines[key] = Engine(problem, tree)
     return engines[key]
+
+
+def _hooks(where, prefix: str = "") -> list:
+    """What is called around Modules: Dynamo would not notice a change."""
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return [getattr(where, f"{prefix}_{name}", None) for name in names]
 
 
 def _leaves(args) -> list:
@@ -208,14 +225,21 @@ class Engine:
             return None
         return [*(x for x in _leaves(problem.field.args) if x.requires_grad), *found]
 
-    def learn(self, problem: Problem, tensors: list[Tensor]) -> list[Tensor] | None:
+    def learn(self, problem: Problem, z0: Tensor, tensors: list[Tensor]) -> list[Tensor] | None:
         """Takes in what a full look at f found: the same; or None, after a warning, if it can't be compiled."""
+        f, field = problem.field.equation.f, problem.field
         try:
             Lent.of(problem, tensors)
         except Unsupported as cause:
             self._give_up(problem, cause)
             return None
-        self._known = True
+        if isinstance(f, nn.Module):
+            # Another tensor may want a gradient one day, and no inspection may find it: then a full look is needed.
+            seen, (t,) = _Seen(), field.times(problem.start)
+            with torch.no_grad(), seen:
+                field(t, z0)
+            own = [z0, t, *f.parameters(), *f.buffers(), *_leaves(field.args)]
+            self._known = not seen.foreign.keys() - {id(x) for x in own}
         return tensors
 
     # -- forwards ------------------------------------------------------------------------------------------------------
@@ -353,12 +377,13 @@ class Engine:
 
         Returns:
             Those of z0 and of the tensors; and by how much the last step, made again, was off.
+
+        Raises:
+            Unsupported: f is not what it was; one of the tensors is not there any more.
         """
+        uses = Lent.of(ran.problem, tensors)
         try:
-            uses = Lent.of(ran.problem, tensors)
             (costate, *sums), off = self._gradients(ran, uses, final, figures)
-        except Unsupported as cause:
-            self._give_up(ran.problem, cause)
         except Exception as error:  # whatever the compiler says of f
             self._give_up(ran.problem, Unsupported(_first_line(error)))
         else:
@@ -463,27 +488,34 @@ def _program(function: Callable) -> Callable:
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        options = {"cpp_wrapper": True}
-        if hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe"):  # where guards can be chosen
-            options["guard_filter_fn"] = _worth_guarding
-        return torch.compile(program, fullgraph=True, options=options)
+        return torch.compile(program, fullgraph=True, options={"cpp_wrapper": True})
 
     return lambda *arguments: made()(*arguments)
-
-
-# What never changes: the program's own constants (a tableau has many), torch, and this package. To look at all of them
-# before every call would take as long as a small solve.
-_CONSTANT = ("function", "G['__import_torch", "__import__('torch", "G['__import_neuralde", "G['_M']", "G['__builtins")
-
-
-def _worth_guarding(guards) -> list[bool]:
-    return [not guard.name.startswith(_CONSTANT) for guard in guards]
 
 
 def _first_line(error: Exception) -> str:
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(text[:2])[:300]
     return f"the compiler failed with {type(error).__name__}" + (f": {said}" if said else "")
+
+
+class _Seen(TorchFunctionMode):
+    """Collects the tensors that enter a computation from outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.foreign: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}  # keeps the tensors alive, so that ids stay unique
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and id(x) not in self._made:
+                self.foreign[id(x)] = x
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and id(x) not in self.foreign:
+                self._made[id(x)] = x
+        return out
 
 
 class Lent(NamedTuple):

@@ -1,6 +1,7 @@
 """Compiled solves: the same as others, made by few programs; and what can't be compiled is solved all the same."""
 
 import copy
+import functools
 import gc
 import shutil
 import warnings
@@ -225,6 +226,75 @@ def test_changes_of_f_before_the_backward_pass_are_noticed():
         FIELD.inner.weight.data.div_(1.5)
 
 
+class Scaled(nn.Module):
+    """f with parameters, one of which may be passed again in args."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2).double()
+
+    def forward(self, t, z, args):
+        return torch.tanh(self.linear(z)) * args[0] - args[1] * z
+
+
+def same_as_without(solve, inputs):
+    """Gradients by `inputs`, with whatever warnings."""
+    found = []
+    for compile in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(torch.autograd.grad(solve(compile).final.square().sum(), inputs))
+    same(*found, 1e-9)
+
+
+@COMPILER
+def test_what_changes_between_solves_is_seen():
+    f, z0 = Scaled(), torch.ones(3, 2, dtype=torch.float64)
+    a, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.4))
+    how = {"t": (0.0, 1.0), "control": "joint", "rtol": 1e-6, "atol": 1e-6}
+
+    def solve(compile, args):
+        return nde.solve(nde.ODE(f), z0, args=args, compile=compile, **how)
+
+    weights = list(f.parameters())
+    same_as_without(lambda compile: solve(compile, (a, b)), [a, b, *weights])
+    same_as_without(lambda compile: solve(compile, (a, a)), [a, *weights])
+    same_as_without(lambda compile: solve(compile, (f.linear.bias, b)), [b, *weights])
+    handle = f.linear.register_forward_hook(lambda module, inputs, out: 2.0 * out)
+    same_as_without(lambda compile: solve(compile, (a, b)), [a, b, *weights])
+    handle.remove()
+    f.linear.bias.requires_grad_(False)
+    same_as_without(lambda compile: solve(compile, (a, b)), [a, b, f.linear.weight])
+    f.linear.bias.requires_grad_(True)
+    f.linear.weight = nn.Parameter(0.5 * f.linear.weight.detach())
+    same_as_without(lambda compile: solve(compile, (a, b)), [a, b, *f.parameters()])
+    # A parameter that is another one in the backward pass is no missing gradient.
+    solution, old = solve(True, (a, b)), f.linear.weight
+    f.linear.weight = nn.Parameter(old.detach().clone())
+    with refused(nde.NeuralDEError, "another result in the backward pass"):
+        torch.autograd.grad(solution.final.sum(), [old, a])
+
+
+class Elsewhere:
+    """Where inspection does not look."""
+
+    scale = torch.tensor(0.5, dtype=torch.float64)
+
+
+class Hidden(nn.Module):
+    def forward(self, t, z):
+        return -Elsewhere.scale * z
+
+
+@COMPILER
+def test_a_tensor_out_of_sight_that_wants_a_gradient_later_gets_it():
+    f, z0 = Hidden(), torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    for wanted in (False, True):
+        Elsewhere.scale.requires_grad_(wanted)
+        inputs = [z0, Elsewhere.scale] if wanted else [z0]
+        same_as_without(lambda compile: nde.solve(nde.ODE(f), z0, (0.0, 1.0), control="joint", compile=compile), inputs)
+
+
 # -- what is not compiled ----------------------------------------------------------------------------------------------
 
 F_PLAIN = nn.Linear(2, 2)
@@ -247,6 +317,8 @@ Z0 = torch.ones(3, 2)
         ("checkpoints=k", {"adjoint": nde.adjoints.Checkpointed(3)}),
         ("bfloat16", {"z0": Z0.bfloat16(), "f": lambda t, z: -z}),
         ("other than tensors", {"args": (1.0, Z0), "f": lambda t, z, args: -z * args[0]}),
+        ("only nn.Modules and functions", {"f": functools.partial(lambda k, t, z: -k * z, 0.5)}),
+        ("only nn.Modules and functions", {"f": F_PLAIN.forward}),
         ("random numbers", {"f": lambda t, z: -z + 0.0 * torch.rand(())}),
         *(("is not compiled", {"adjoint": name}) for name in ADJOINTS if not nde.adjoints.get(name).compiles),
     ],

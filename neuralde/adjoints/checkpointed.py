@@ -20,7 +20,7 @@ from ..solvers import Past
 from ..trajectory import Trajectory
 from .base import Adjoint, Outcome, packed, plain, states_of
 from .binomial import blocks, limit, limited
-from .dependencies import Dependencies, added
+from .dependencies import Dependencies, added, complain_of_change
 
 
 class Checkpointed(Adjoint):
@@ -68,7 +68,7 @@ class Checkpointed(Adjoint):
             # A full look at what f uses takes longer than a compiled solve: once is enough, but for an inspection.
             tensors = engine.tensors(problem)
             if tensors is None:
-                tensors = engine.learn(problem, run.uses.tensors)
+                tensors = engine.learn(problem, z0.detach(), run.uses.tensors)
             ran = None if tensors is None else engine.discover(problem, z0)
             if ran is not None:
                 return self._compiled(run, engine, ran, z0, tensors)
@@ -173,18 +173,23 @@ class _SolveCompiled(torch.autograd.Function):
         z0, *_ = ctx.saved_tensors
         run, ran = ctx.run, ctx.ran
         if states is None and not torch.is_grad_enabled():
-            found = ctx.engine.backward(ran, ctx.tensors, final, figures)
+            try:
+                found = ctx.engine.backward(ran, ctx.tensors, final, figures)
+            except compiled.Unsupported:
+                complain_of_change(run.adjoint)
             if found is not None:
                 gradients, off = found
                 if off > torch.finfo(z0.dtype).eps ** 0.5 * float(ran.final.abs().max()):
-                    run.uses.complain_of_change()
+                    complain_of_change(run.adjoint)
                 return None, None, *gradients
         cotangents = final, None, *ran.of_steps(figures), states
         with run.uses.followed():
             go = _differentiable_backward if torch.is_grad_enabled() else _backward
             z0_gradient, *gradients = go(run, z0, cotangents)
         found = {id(x): gradient for x, gradient in zip(run.uses.tensors, gradients, strict=True)}
-        return None, None, z0_gradient, *(found.get(id(x)) for x in ctx.tensors)
+        if any(id(x) not in found for x in ctx.tensors):
+            complain_of_change(run.adjoint)
+        return None, None, z0_gradient, *(found[id(x)] for x in ctx.tensors)
 
 
 def _backward(run: _Run, z0: Tensor, cotangents) -> list[Tensor]:

@@ -54,12 +54,7 @@ class Dependencies:
 
     def complain_of_change(self):
         """Raises NeuralDEError: f is not what it was."""
-        raise NeuralDEError(
-            "f gives another result in the backward pass than in the solve: a tensor, an input or a mode (train, eval) "
-            f"that it uses was changed in between, or was lent to it for the call. adjoint={self.adjoint!r} evaluates "
-            "f again in the backward pass; run the backward pass before changing f, pass what changes through args, or "
-            "use adjoint='direct'"
-        )
+        complain_of_change(self.adjoint)
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -133,6 +128,16 @@ class Dependencies:
                 f"start of the solve, nor found in what f closes over or holds, so adjoint={self.adjoint!r} has no "
                 "gradient for it; pass it through args, or use adjoint='direct'"
             )
+
+
+def complain_of_change(adjoint: str):
+    """Raises NeuralDEError: f is not what it was."""
+    raise NeuralDEError(
+        "f gives another result in the backward pass than in the solve: a tensor, an input or a mode (train, eval) "
+        f"that it uses was changed in between, or was lent to it for the call. adjoint={adjoint!r} evaluates "
+        "f again in the backward pass; run the backward pass before changing f, pass what changes through args, or "
+        "use adjoint='direct'"
+    )
 
 
 def added(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
