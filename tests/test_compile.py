@@ -101,7 +101,7 @@ def agree(case, penalty="final"):
 
 
 @COMPILER
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", [pytest.param("steps", marks=pytest.mark.slow), "final", "figures", "states"])
 def test_a_compiled_solve_is_the_same(silent, penalty):
     agree(Case(), penalty)
 
@@ -126,8 +126,8 @@ def test_every_method_and_control(silent, solver, control):
         {"t": (1.5, -0.3)},
         {"dt0": 0.9},
         {"rtol": 1e-9, "atol": 1e-9, "t": (0.0, 30.0)},
-        {"batch": 7},
-        {"batch": 11},
+        pytest.param({"batch": 7}, marks=pytest.mark.slow),
+        pytest.param({"batch": 11}, marks=pytest.mark.slow),
     ],
     ids=["backwards", "rejected", "many attempts", "another batch", "and another"],
 )
@@ -162,6 +162,7 @@ def test_few_programs_for_a_training_run(silent):
 
 
 @COMPILER
+@pytest.mark.slow
 def test_a_function_made_anew_is_compiled_once(silent):
     """Also one of a tuple of tensors, whose Module it closes over; parameters are exchanged in place."""
     from torch._dynamo.utils import counters
@@ -248,6 +249,7 @@ def same_as_without(solve, inputs):
 
 
 @COMPILER
+@pytest.mark.slow
 def test_what_changes_between_solves_is_seen():
     f, z0 = Scaled(), torch.ones(3, 2, dtype=torch.float64)
     a, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 0.4))
@@ -287,6 +289,7 @@ class Hidden(nn.Module):
 
 
 @COMPILER
+@pytest.mark.slow
 def test_a_tensor_out_of_sight_that_wants_a_gradient_later_gets_it():
     f, z0 = Hidden(), torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     for wanted in (False, True):
