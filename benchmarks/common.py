@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import neuralde as nde
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -101,6 +103,24 @@ def medium() -> Workload:
     net = nn.Sequential(nn.Linear(784, 100), nn.Tanh(), nn.Linear(100, 784))
     what = "784-100-784 tanh network, default initialisation, batch 512 of rand, float32"
     return Workload("M", TimeFree(net), torch.rand(512, 784), 1e-6, 2, what)
+
+
+# One step size for the batch and a plain integral controller, as the peers have it: the same steps.
+MATCHED = nde.StepControl(per_sample=False, beta1=0.2, beta2=0.0)
+
+
+def reference(work: Workload) -> Tensor:
+    """The state at t = 1, in float64 at tolerance 1e-12."""
+    f, z0 = work.f.double(), work.z0.double()
+    with torch.no_grad():
+        final = nde.solve(nde.ODE(f), z0, (0.0, 1.0), solver="dopri8", rtol=1e-12, atol=1e-12).final
+    work.f.float()
+    return final
+
+
+def deviation(z: Tensor, exact: Tensor, work: Workload) -> float:
+    """The largest |z - exact| / (atol + rtol·|exact|)."""
+    return float(((z.double() - exact).abs() / (work.tolerance * (1 + exact.abs()))).max())
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

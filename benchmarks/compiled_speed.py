@@ -14,7 +14,20 @@ from collections.abc import Callable
 
 import torch
 import torchdiffeq
-from common import Workload, in_turns, median_ratio, medium, parser, small, spread, verdict, write
+from common import (
+    MATCHED,
+    Workload,
+    deviation,
+    in_turns,
+    median_ratio,
+    medium,
+    parser,
+    reference,
+    small,
+    spread,
+    verdict,
+    write,
+)
 from torch import Tensor
 
 import neuralde as nde
@@ -24,8 +37,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchdyn.numerics import odeint as torchdyn_odeint
 
-# One step size for the batch and a plain integral controller, as the peers have it: the same steps.
-MATCHED = nde.StepControl(per_sample=False, beta1=0.2, beta2=0.0)
 OURS = {
     "dopri5 joint, integral": ("dopri5", MATCHED),
     "dopri5 per_sample": ("dopri5", "per_sample"),
@@ -122,14 +133,6 @@ class Diffrax:
         self.final = torch.tensor(jax.device_get(final))
 
 
-def reference(work: Workload) -> Tensor:
-    """The state at t = 1, in float64 at tolerance 1e-12."""
-    f, z0 = work.f.double(), work.z0.double()
-    final = nde.solve(nde.ODE(f), z0, (0.0, 1.0), solver="dopri8", rtol=1e-12, atol=1e-12).final.detach()
-    work.f.float()
-    return final
-
-
 def measure(work: Workload, rounds: int) -> tuple[list[dict], list[str]]:
     """The rows of a workload, and whether the claims hold."""
     torch.set_num_threads(work.threads)
@@ -151,7 +154,7 @@ def measure(work: Workload, rounds: int) -> tuple[list[dict], list[str]]:
         contender.both()
         compiling[name] = middle - start, time.perf_counter() - middle
         final = contender.final if isinstance(contender, Diffrax) else final
-        off = float(((final.double() - exact).abs() / (work.tolerance * (1 + exact.abs()))).max())
+        off = deviation(final, exact, work)
         if not off < 300:
             raise AssertionError(f"{work.name}: {name} is {off:.0f} tolerances off the reference")
     with torch.no_grad():

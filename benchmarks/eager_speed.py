@@ -8,7 +8,21 @@ import warnings
 
 import torch
 import torchdiffeq
-from common import Counted, Workload, in_turns, median_ratio, medium, parser, small, spread, verdict, write
+from common import (
+    MATCHED,
+    Counted,
+    Workload,
+    deviation,
+    in_turns,
+    median_ratio,
+    medium,
+    parser,
+    reference,
+    small,
+    spread,
+    verdict,
+    write,
+)
 from torch import Tensor
 
 import neuralde as nde
@@ -16,9 +30,6 @@ import neuralde as nde
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchdyn.numerics import odeint as torchdyn_odeint
-
-# One step size for the batch and a plain integral controller, as torchdiffeq and torchdyn have it: the same steps.
-MATCHED = nde.StepControl(per_sample=False, beta1=0.2, beta2=0.0)
 
 OURS = {
     "neuralde dopri5 joint, integral": ("dopri5", MATCHED),
@@ -52,19 +63,6 @@ def solvers_of(work: Workload) -> dict:
     made = {name: functools.partial(ours, work=work, solver=s, control=c) for name, (s, c) in OURS.items()}
     made |= {f"{peer} dopri5": functools.partial(theirs, work=work, peer=peer, ts=ts) for peer in PEERS}
     return made
-
-
-def reference(work: Workload) -> Tensor:
-    """The state at t = 1, in float64 at tolerance 1e-12."""
-    f, z0 = work.f.double(), work.z0.double()
-    final = nde.solve(nde.ODE(f), z0, (0.0, 1.0), solver="dopri8", rtol=1e-12, atol=1e-12).final
-    work.f.float()
-    return final
-
-
-def deviation(z: Tensor, exact: Tensor, work: Workload) -> float:
-    """The largest |z - exact| / (atol + rtol·|exact|)."""
-    return float(((z.double() - exact).abs() / (work.tolerance * (1 + exact.abs()))).max())
 
 
 def count(solve, f) -> int:

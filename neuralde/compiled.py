@@ -21,14 +21,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import algebra, transforms
 from . import control as _control
 from .control import Norm
 from .discover import LEAST, resolution
-from .field import Field, modules, reachable
+from .field import Entering, Field, modules, reachable
 from .grid import Record
 from .problem import Problem
 from .solvers import Step
@@ -235,7 +234,7 @@ class Engine:
             return None
         if isinstance(f, nn.Module):
             # Another tensor may want a gradient one day, and no inspection may find it: then a full look is needed.
-            seen, (t,) = _Seen(), field.times(problem.start)
+            seen, (t,) = Entering(constants=True), field.times(problem.start)
             with torch.no_grad(), seen:
                 field(t, z0)
             own = [z0, t, *f.parameters(), *f.buffers(), *_leaves(field.args)]
@@ -497,25 +496,6 @@ def _first_line(error: Exception) -> str:
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(text[:2])[:300]
     return f"the compiler failed with {type(error).__name__}" + (f": {said}" if said else "")
-
-
-class _Seen(TorchFunctionMode):
-    """Collects the tensors that enter a computation from outside of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.foreign: dict[int, Tensor] = {}
-        self._made: dict[int, Tensor] = {}  # keeps the tensors alive, so that ids stay unique
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in pytree.tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and id(x) not in self._made:
-                self.foreign[id(x)] = x
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and id(x) not in self.foreign:
-                self._made[id(x)] = x
-        return out
 
 
 class Lent(NamedTuple):

@@ -385,7 +385,7 @@ def closed_over(field: Field, t: Tensor, z: Tensor, t_other: Tensor) -> tuple[Te
 
     What f uses is watched during the evaluation; what it may use at other times is found by inspection: see `_reach`.
     """
-    watch = _Watch()
+    watch = Entering()
     with torch.enable_grad(), watch:
         slope = field.first(t, z, t_other)
     foreign = watch.outside()
@@ -412,11 +412,16 @@ def _saved(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
 
 
-class _Watch(TorchFunctionMode):
-    """Collects tensors that require gradients and enter a computation from outside of it."""
+class Entering(TorchFunctionMode):
+    """Collects tensors that enter a computation from outside of it.
 
-    def __init__(self):
+    Args:
+        constants: those that don't require gradients, too.
+    """
+
+    def __init__(self, constants: bool = False):
         super().__init__()
+        self._constants = constants
         self.foreign: dict[int, Tensor] = {}
         self._made: dict[int, Tensor] = {}  # keeps the tensors alive, so that ids stay unique
         with torch.enable_grad():  # autograd numbers its nodes as they are made
@@ -429,7 +434,7 @@ class _Watch(TorchFunctionMode):
             if (
                 isinstance(leaf, Tensor)
                 and not transforms.wrapped(leaf)
-                and leaf.requires_grad
+                and (self._constants or leaf.requires_grad)
                 and id(leaf) not in self._made
             ):
                 self.foreign[id(leaf)] = leaf
@@ -619,7 +624,7 @@ def _filled(cell) -> bool:
 def _known_independent(f, joint: bool) -> bool:
     try:
         found = _INDEPENDENT.get(f, ())
-        return (modes(f), False) in found or (joint and (modes(f), True) in found)
+        return (_modes(f), False) in found or (joint and (_modes(f), True) in found)
     except TypeError:  # not hashable or not weakly referenceable: checked at every solve
         return False
 
@@ -627,7 +632,7 @@ def _known_independent(f, joint: bool) -> bool:
 def _remember_independent(f, joint: bool):
     """Under joint control, where all samples have one time, it is not known whether f mixes times."""
     with contextlib.suppress(TypeError):
-        _INDEPENDENT.setdefault(f, set()).add((modes(f), joint))
+        _INDEPENDENT.setdefault(f, set()).add((_modes(f), joint))
 
 
 def modules(f) -> list[nn.Module]:
@@ -635,7 +640,7 @@ def modules(f) -> list[nn.Module]:
     return _reach(f)[1]
 
 
-def modes(f) -> tuple[tuple[type, bool], ...]:
+def _modes(f) -> tuple[tuple[type, bool], ...]:
     """The modules that f can reach, and which are in training mode: batch normalization mixes samples only then."""
     return tuple((type(m), m.training) for m in _reach(f)[1])
 

@@ -291,7 +291,7 @@ def _same_step(again: Tensor, run: _Run, rows: Tensor | None):
     arrived = torch.isfinite(once)  # not so where a sample failed
     off = torch.where(arrived, again.detach() - once, 0.0).abs().max()
     if bool(off > torch.finfo(once.dtype).eps ** 0.5 * once[arrived].abs().max() if bool(arrived.any()) else False):
-        run.uses.complain_of_change()
+        complain_of_change(run.adjoint)
 
 
 def _differentiable_backward(run: _Run, z0: Tensor, cotangents) -> tuple:

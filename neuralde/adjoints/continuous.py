@@ -42,7 +42,7 @@ from ..solvers import Foreign, Solver
 from ..trajectory import Counts, Trajectory
 from .base import Adjoint, Outcome, packed, plain, states_of
 from .binomial import limited
-from .dependencies import Dependencies, added
+from .dependencies import Dependencies, added, complain_of_change
 
 
 class Continuous(Adjoint):
@@ -367,7 +367,7 @@ class Backward:
         known = torch.isfinite(slope)
         off = torch.where(known, again - slope, 0.0).abs().max()
         if bool(off > torch.finfo(slope.dtype).eps ** 0.5 * torch.where(known, slope, 0.0).abs().max()):
-            self.uses.complain_of_change()
+            complain_of_change(self.uses.adjoint)
 
     def _require_no_other(self):
         """Makes sure that f is what it was where the solve ended, and that nothing was missed that wants a gradient."""

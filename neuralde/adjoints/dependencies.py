@@ -50,11 +50,7 @@ class Dependencies:
     def require_same_f(self) -> None:
         """Raises NeuralDEError if there is a tensor that f could reach in the solve, and can't reach now."""
         if not self._reached <= self._reach():
-            self.complain_of_change()
-
-    def complain_of_change(self):
-        """Raises NeuralDEError: f is not what it was."""
-        complain_of_change(self.adjoint)
+            complain_of_change(self.adjoint)
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
