@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from . import algebra, transforms
 from . import control as _control
 from .control import Norm
+from .dense import Dense, Stages
 from .discover import LEAST, resolution
 from .field import Entering, Field, modules, reachable
 from .grid import Record
@@ -78,7 +79,7 @@ def _known(memory: weakref.WeakKeyDictionary, f, make: Callable):
 
 def _require_supported(problem: Problem):
     """Raises Unsupported."""
-    field, solver, layout, control = problem.field, problem.solver, problem.field.layout, problem.control
+    field, solver, layout = problem.field, problem.solver, problem.field.layout
     f = field.equation.f
     for unsupported, cause in (
         (
@@ -88,14 +89,11 @@ def _require_supported(problem: Problem):
         (layout.device.type != "cpu", f"on {layout.device.type} nothing is compiled yet"),
         (transforms.active(), "a transform of torch.func or forward mode is around the solve"),
         (not isinstance(solver, RungeKutta), f"solver {solver.name!r} is not an explicit Runge-Kutta method"),
-        (not control.adaptive, "its steps are fixed"),
         (layout.dtype not in (torch.float32, torch.float64), f"states of {layout.dtype} are not compiled"),
         (field.autocast, "autocast is on"),
         (problem.watch is not None, "it has events"),
         (problem.stops is not None, "it has jump_times or step_times"),
         (problem.observer is not None, "it has an observer"),
-        (problem.interior is not None, "it has output times between its start and its end"),
-        (problem.keep_stages, "dense=True keeps the stages; leave it out"),
         (problem.keep is not None, "the adjoint has checkpoints=k"),
         ((problem.dt_min, problem.dt_max) != (None, None), "it has dt_min or dt_max"),
         (not problem.norm.plain, "a tolerance per component or a norm of its own is not compiled"),
@@ -118,7 +116,7 @@ def _engine(f, problem: Problem) -> Engine:
     training = tuple(m.training for m in used)
     key = (
         training, field.equation.takes_time, layout.tree, layout.shapes, layout.dtype, problem.control, problem.solver,
-        problem.dt0 is None, tree, len(leaves),
+        problem.dt0 is None, _closes(problem), tree, len(leaves),
     )  # fmt: skip
     engines = _known(_ENGINES, f, dict)
     if key not in engines:
@@ -132,6 +130,11 @@ def _hooks(where, prefix: str = "") -> list:
     return [getattr(where, f"{prefix}_{name}", None) for name in names]
 
 
+def _closes(problem: Problem) -> bool:
+    """Whether the stages are wanted, for what is between the steps."""
+    return problem.interior is not None or problem.keep_stages
+
+
 def _leaves(args) -> list:
     return [] if args is None else pytree.tree_leaves(args)
 
@@ -141,8 +144,9 @@ class Log(NamedTuple):
 
     Attributes:
         s, h, end: where they started, their size, where they ended, [groups]; times run forward.
-        ok: which were accepted, [groups]. figures: of `control.Judge`, [1 or 3, groups].
+        ok: which were accepted, [groups]. figures: of `control.Judge`, [1 to 3, groups]; 0 where nothing is reported.
         z: where they started, [batch, features].
+        stages: a closed step's snapshot, [rows, batch, features]; None where they are not wanted.
     """
 
     s: Tensor
@@ -151,6 +155,11 @@ class Log(NamedTuple):
     ok: Tensor
     figures: Tensor
     z: Tensor
+    stages: Tensor | None = None
+
+    def given(self) -> list[Tensor]:
+        """The tensors that are there."""
+        return [x for x in self if x is not None]
 
 
 class _Stand(NamedTuple):
@@ -209,6 +218,8 @@ class Engine:
         like = problem.start.new_zeros(1, dtype=problem.field.layout.work_dtype)
         self._solver = problem.solver.bound(like, problem.start)
         self._control, self._tree, self._joint = problem.control, tree, problem.joint
+        self._closed = _closes(problem)
+        self._sloped = self._closed or self._solver.fsal  # whether a step gets its first slope from the one before
         self._checked = self._known = False
         self._begin, self._continue = _program(self._beginning), _program(self._loop)
         self._back: dict[tuple, Callable] = {}
@@ -266,12 +277,12 @@ class Engine:
                 raise Unsupported("f draws random numbers")
             self._checked = True
         leaves, tolerances = _leaves(field.args), self._tolerances(problem, z0)
-        most = max(2, min(_LONGEST, _LOG // (z0.numel() * z0.element_size())))
-        log = self._empty(most, z0, problem.start)
+        most = max(2, min(_LONGEST, _LOG // ((1 + self._stages) * z0.numel() * z0.element_size())))
         limit = torch.tensor(min(most, budget))
         h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
         f = field.equation.f
-        count, *found = self._begin(f, leaves, z0, problem.start, problem.end, *tolerances, h, limit, *log)
+        log = self._empty(most, z0, problem.start)
+        count, *found = self._begin(f, leaves, z0, problem.start, problem.end, *tolerances, h, limit, *log.given())
         logs = []
         while True:
             stand, log = _Stand(*found[:9]), Log(*found[9:])
@@ -284,25 +295,34 @@ class Engine:
                 break
             limit = torch.tensor(min(most, budget))
             count, *found = self._continue(
-                f, leaves, problem.start, problem.end, *tolerances, limit, *stand, *self._empty(most, z0, problem.start)
-            )
-        field.calls += sum(made for made, _ in logs) * self._solver.calls_per_step + 1 + (problem.dt0 is None)
-        return Ran(problem, z0, stand, logs)
+                f, leaves, problem.start, problem.end, *tolerances, limit, *stand,
+                *self._empty(most, z0, problem.start).given(),
+            )  # fmt: skip
+        extra = (h is None) + (h is None or self._sloped)
+        field.calls += sum(made for made, _ in logs) * self._solver.calls_per_step + extra
+        return Ran(problem, z0, stand, logs, extra)
+
+    @property
+    def _stages(self) -> int:
+        """How many rows a step's snapshot has, 0 where it is not wanted."""
+        return self._closed and 2 + self._solver.calls_per_step
 
     @staticmethod
     def _tolerances(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(torch.full((1, 1), x, dtype=z.dtype) for x in (problem.norm.rtol, problem.norm.atol))
 
     def _empty(self, most: int, z0: Tensor, t: Tensor) -> Log:
-        groups, figures = t.shape[0], 3 if self._solver.reports_stiffness else 1
+        groups, solver = t.shape[0], self._solver
+        figures = max(1, (solver.error_order is not None) + 2 * solver.reports_stiffness)
         s, h, end = (t.new_empty(most, groups) for _ in range(3))
         ok, figures = t.new_empty(most, groups, dtype=torch.bool), t.new_empty(most, figures, groups)
-        return Log(s, h, end, ok, figures, z0.new_empty(most, *z0.shape))
+        stages = z0.new_empty(most, self._stages, *z0.shape) if self._closed else None
+        return Log(s, h, end, ok, figures, z0.new_empty(most, *z0.shape), stages)
 
     def _beginning(self, f, leaves, z0, t, t1, rtol, atol, h, limit, *log):
         """Traced: the slope at the start, the first step size, and the first attempts."""
         vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
-        slope = vector_field(vector_field.times(t)[0], z0)
+        slope = vector_field(vector_field.times(t)[0], z0) if self._sloped or h is None else torch.zeros_like(z0)
         if h is None:
             h = _control.initial_step(vector_field, t, z0, slope, t1 - t, self._solver.order, norm, _M)
         s, live = t * _direction(t, t1), torch.ones_like(t, dtype=torch.bool)
@@ -314,7 +334,7 @@ class Engine:
         """Traced: attempts until all samples are at their ends, or as many as the log holds."""
         vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
         solver, control = self._solver, self._control
-        exponents = control.exponents(solver.order, solver.exponents)
+        exponents = control.exponents(solver.order, solver.exponents) if control.adaptive else None
         direction = _direction(t, t1)
         s0, s1 = t * direction, t1 * direction
 
@@ -324,41 +344,51 @@ class Engine:
         def attempt(made, *carried):
             at, log = _Stand(*carried[:9]), Log(*carried[9:])
             left = s1 - at.s
-            last = at.h >= left
-            h = torch.where(last, left, torch.minimum(at.h, 0.5 * left))
-            end = torch.where(last, s1, at.s + h)
-            memory = solver.memory(at.z, True)
-            step = solver.attempt(vector_field, at.s * direction, h * direction, at.z, at.slope, memory)
+            # As in `discover`: steps that are chosen share what is left with the last one, fixed ones are counted.
+            last = (at.h if control.adaptive else at.h * 1.001) >= left
+            h = torch.where(last, left, torch.minimum(at.h, 0.5 * left) if control.adaptive else at.h)
+            end = torch.where(last, s1, at.s + h if control.adaptive else s0 + (at.accepted + 1) * at.h)
+            slope, memory = at.slope if self._sloped else None, solver.memory(at.z, True)
+            step = solver.attempt(
+                vector_field, at.s * direction, h * direction, at.z, slope, memory, close=self._closed
+            )
             figures = self._figures(norm, step, at.z)
-            ratio = _M.known(figures[0])
-            ok = at.live & (ratio <= 1.0)
-            column, planned = ok[:, None], h * control.factor(ratio, at.previous, ok, exponents, _M)
-            s = torch.where(ok, end, at.s)
-            hopeless = at.live & ~(ok & last) & (planned <= torch.maximum(s.abs() * resolution(s), (s1 - s0) * LEAST))
+            if control.adaptive:
+                ratio = _M.known(figures[0])
+                ok = at.live & (ratio <= 1.0)
+                planned = h * control.factor(ratio, at.previous, ok, exponents, _M)
+                previous = control.remember(ratio, at.previous, ok, _M)
+            else:
+                ok = at.live & (step.z.sum()[None] if self._joint else step.z.sum(dim=1)).isfinite()
+                planned, previous = at.h, at.previous
+            column, s = ok[:, None], torch.where(ok, end, at.s)
+            hopeless = planned <= torch.maximum(s.abs() * resolution(s), (s1 - s0) * LEAST) if control.adaptive else ~ok
+            hopeless = at.live & ~(ok & last) & hopeless
             stand = _Stand(
                 s=s,
-                h=planned,
+                h=planned.clone(),
                 z=torch.where(column, step.z, at.z),
-                slope=torch.where(column, step.slope_end, at.slope),
-                previous=control.remember(ratio, at.previous, ok, _M),
+                slope=torch.where(column, step.slope_end, at.slope) if self._sloped else at.slope.clone(),
+                previous=previous.clone(),
                 live=at.live & ~(ok & last) & ~hopeless,
                 failed=at.failed | hopeless,
                 accepted=at.accepted + ok,
                 rejected=at.rejected + (at.live & ~ok),
             )
             row = made.reshape(1)
-            now = Log(at.s, h, end, ok, figures, at.z)
-            return made + 1, *stand, *(x.index_copy(0, row, new[None]) for x, new in zip(log, now, strict=True))
+            now = Log(at.s, h, end, ok, figures, at.z, solver.snapshot(step.stages) if self._closed else None)
+            logged = zip(log.given(), now.given(), strict=True)
+            return made + 1, *stand, *(x.index_copy(0, row, new[None]) for x, new in logged)
 
         return _while_loop(more, attempt, (torch.zeros((), dtype=torch.int64), *carried))
 
     def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
-        """Traced: what a `Judge` says of a step from z, [1 or 3, groups]."""
-        figures = [norm.ratio(step.error, z, step.z)]
+        """Traced: what a `Judge` says of a step from z, [1 to 3, groups]."""
+        figures = [] if step.error is None else [norm.ratio(step.error, z, step.z)]
         if step.pair is not None:
             slope_x, slope_y, x, y = step.pair
             figures += [_control.rms(slope_x - slope_y, self._joint), _control.rms(x - y, self._joint)]
-        return torch.stack(figures)
+        return torch.stack(figures or [z.new_zeros(1 if self._joint else len(z))])
 
     def _of(self, f, leaves) -> _VectorField:
         return _VectorField(self._field, f, pytree.tree_unflatten(leaves, self._tree) if leaves else None)
@@ -366,13 +396,21 @@ class Engine:
     # -- backwards -----------------------------------------------------------------------------------------------------
 
     def backward(
-        self, ran: Ran, tensors: Sequence[Tensor], final: Tensor | None, figures: Tensor | None
+        self,
+        ran: Ran,
+        tensors: Sequence[Tensor],
+        final: Tensor | None,
+        interior: Tensor | None,
+        figures: Tensor | None,
+        states: Tensor | None,
     ) -> tuple[list[Tensor | None], float] | None:
         """The gradients; None where they have to be made as ever (after a warning).
 
         Args:
             ran: the solve. tensors: what wants a gradient beside z0.
-            final: the loss's gradient, [batch, features]. figures: that of `Ran.figures`. Each may be None.
+            final, interior: the loss's gradient, [batch, features] and [points, batch, features].
+            figures: that of `Ran.figures`. states: that of the steps' starts, [all accepted, features].
+                Each may be None.
 
         Returns:
             Those of z0 and of the tensors; and by how much the last step, made again, was off.
@@ -382,7 +420,7 @@ class Engine:
         """
         uses = Lent.of(ran.problem, tensors)
         try:
-            (costate, *sums), off = self._gradients(ran, uses, final, figures)
+            (costate, *sums), off = self._gradients(ran, uses, final, figures, ran.marks(interior, states))
         except Exception as error:  # whatever the compiler says of f
             self._give_up(ran.problem, Unsupported(_first_line(error)))
         else:
@@ -391,9 +429,9 @@ class Engine:
         return None
 
     @torch.no_grad()
-    def _gradients(self, ran: Ran, uses: Lent, final: Tensor | None, figures: Tensor | None):
-        problem, lens = ran.problem, figures is not None
-        kind = uses.names, uses.wanted, lens
+    def _gradients(self, ran: Ran, uses: Lent, final: Tensor | None, figures: Tensor | None, marks: Tensor | None):
+        problem = ran.problem
+        kind = uses.names, uses.wanted, figures is not None, 0 if marks is None else marks.shape[1]
         if kind not in self._back:
             self._back[kind] = _program(functools.partial(self._backwards, *kind))
         program = self._back[kind]
@@ -404,19 +442,20 @@ class Engine:
         end = len(ran.logs) * len(ran.logs[0][1].s)
         for made, log in reversed(ran.logs):
             end -= len(log.s)
-            weights = None if figures is None else figures[end : end + len(log.s)]
+            here = slice(end, end + len(log.s))
+            weights, marked = (None if x is None else x[here] for x in (figures, marks))
             checked = ran.final if log is ran.logs[-1][1] else None
             costate, off, *sums = program(
                 uses.holder, leaves, own, problem.start, problem.end, *tolerances, torch.tensor(made), costate, off,
-                checked, weights, log.s, log.h, log.ok, log.z, *sums,
+                checked, weights, marked, log.s, log.h, log.ok, log.z, *sums,
             )  # fmt: skip
         return [costate, *sums], off
 
     def _backwards(
-        self, names, wanted, lens, holder, leaves, own, t, t1, rtol, atol, made, costate, off, final, weights,
-        s_log, h_log, ok_log, z_log, *sums,
+        self, names, wanted, lens, rows, holder, leaves, own, t, t1, rtol, atol, made, costate, off, final, weights,
+        marks, s_log, h_log, ok_log, z_log, *sums,
     ):  # fmt: skip
-        """Traced: the logged attempts from the last to the first."""
+        """Traced: the logged attempts from the last to the first. rows: how many of a snapshot have a gradient."""
         solver, norm, direction = self._solver, Norm(rtol, atol, self._joint), _direction(t, t1)
 
         def more(j, *carried):
@@ -435,15 +474,22 @@ class Engine:
                 call = holder
                 if names:
                     call = functools.partial(_lend, holder, dict(zip(names, lent, strict=True)))
-                made = solver.attempt(self._of(call, given), t, dt, z, None, solver.memory(z, True), lens=lens)
-                if not lens:
-                    return (made.z,)
-                return made.z, self._figures(norm, made, z)
+                made = solver.attempt(
+                    self._of(call, given), t, dt, z, None, solver.memory(z, True), lens=lens, close=rows > 1
+                )
+                found = [made.z]
+                if lens:
+                    found.append(self._figures(norm, made, z))
+                if rows:
+                    found.append(solver.snapshot(made.stages)[:rows])
+                return tuple(found)
 
             (end, *_), pullback = torch.func.vjp(step, z, *own)
             cotangents = [torch.where(column, costate, 0.0)]
             if lens:
                 cotangents.append(torch.where(ok, weights.index_select(0, row)[0], 0.0))
+            if rows:
+                cotangents.append(marks.index_select(0, row)[0])
             back, *parts = pullback(tuple(cotangents))
             if final is not None:
                 now = torch.where(column & (j == made - 1), end - final, 0.0).abs().amax()
@@ -487,9 +533,23 @@ def _program(function: Callable) -> Callable:
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        return torch.compile(program, fullgraph=True, options={"cpp_wrapper": True})
+        return torch.compile(program, fullgraph=True, options={"cpp_wrapper": True, **_kept_between_processes()})
 
     return lambda *arguments: made()(*arguments)
+
+
+def _kept_between_processes() -> dict:
+    """Options under which Inductor's cache on disk takes programs with a `while_loop` in them.
+
+    It skips them otherwise. Its key has the code of a graph and of the graphs inside of it, the loop's among them, with
+    all constants.
+    """
+    from torch._higher_order_ops.while_loop import while_loop_op
+
+    option = "unsafe_marked_cacheable_functions"
+    if option not in torch._inductor.list_options():
+        return {}
+    return {option: {f"{while_loop_op.__module__}.{while_loop_op.__name__}": torch.__version__}}
 
 
 def _first_line(error: Exception) -> str:
@@ -543,12 +603,12 @@ class Ran(Trajectory):
     """A trajectory that a program found: a success, put together from its logs.
 
     Attributes:
-        logs: pairs (attempts made, `Log`).
+        logs: pairs (attempts made, `Log`). extra: evaluations of f beside those of the attempts.
     """
 
-    def __init__(self, problem: Problem, z0: Tensor, stand: _Stand, logs: list[tuple[int, Log]]):
-        self.problem, self.logs, self._z0, self._stand = problem, logs, z0, stand
-        self.final, self.interior, self.hits, self.slope = stand.z, None, None, None
+    def __init__(self, problem: Problem, z0: Tensor, stand: _Stand, logs: list[tuple[int, Log]], extra: int):
+        self.problem, self.logs, self._z0, self._stand, self._extra = problem, logs, z0, stand, extra
+        self.final, self.hits, self.slope = stand.z, None, None
         self.status, self.complete, self._held = torch.zeros_like(stand.accepted), True, None
 
     @functools.cached_property
@@ -557,8 +617,8 @@ class Ran(Trajectory):
 
     @functools.cached_property
     def records(self) -> list[Record]:  # noqa: D102
-        direction, joint = self.problem.span.sign(), self.problem.joint
-        found = []
+        direction, joint, solver = self.problem.span.sign(), self.problem.joint, self.problem.solver
+        silent, found = solver.error_order is None and not solver.reports_stiffness, []
         for made, log in self.logs:
             everyone = log.ok[:made].all(dim=1).tolist()
             t, dt, end = (x[:made] * direction for x in (log.s, log.h, log.end))
@@ -566,7 +626,9 @@ class Ran(Trajectory):
             for j in range(made):
                 if everyone[j] or not joint:
                     accepted = None if everyone[j] else log.ok[j]
-                    found.append(Record(0, None, accepted, t[j], dt[j], ends[j], log.z[j], None, log.figures[j]))
+                    figures, stages = None if silent else log.figures[j], None if log.stages is None else log.stages[j]
+                    place = t[j], dt[j], ends[j]
+                    found.append(Record(0, None, accepted, *place, log.z[j], None, figures, snapshot=stages))
         return found
 
     @functools.cached_property
@@ -576,9 +638,39 @@ class Ran(Trajectory):
         rows = [(i * long + j, log.ok[j]) for i, (made, log) in enumerate(self.logs) for j in range(made)]
         return [i for i, ok in rows if not self.problem.joint or bool(ok)]
 
+    @functools.cached_property
+    def interior(self) -> Tensor | None:  # noqa: D102
+        return None if self.problem.interior is None else self._inside(Stages.of(self).snapshots)
+
+    def _inside(self, snapshots: Tensor) -> Tensor:
+        """The interior outputs from the stages of the accepted steps, [rows, all accepted, features]."""
+        p = self.problem
+        kept = Stages(snapshots, [len(snapshots)])
+        return Dense(p, self.grid, self.grid.states, kept).at(*self.grid.locate(p.interior, p.span.sign()))
+
+    def marks(self, interior: Tensor | None, states: Tensor | None) -> Tensor | None:
+        """The gradient by the snapshots, [rows of all logs, snapshot's rows, batch, features], from those by what is
+        made of them; only their first row, which is the state, from `states` alone. None without any.
+        """
+        marks = None if states is None else states[:, None]
+        if interior is not None:
+            with torch.enable_grad():
+                snapshots = Stages.of(self).snapshots.requires_grad_()
+                (by,) = torch.autograd.grad(self._inside(snapshots), snapshots, interior)
+            marks = by.movedim(0, 1)
+            if states is not None:
+                marks[:, 0] += states
+        if marks is None:
+            return None
+        batch, logged = len(self._z0), sum(len(log.s) for _, log in self.logs)
+        everyone = torch.arange(batch)
+        where = self.grid.gather([everyone + i * batch for i in self.used], everyone)
+        spread = marks.new_zeros(logged * batch, *marks.shape[1:]).index_copy(0, where, marks)
+        return spread.view(logged, batch, *marks.shape[1:]).movedim(1, 2).contiguous()
+
     @property
     def figures(self) -> Tensor:
-        """What the programs logged of errors and stiffness, [rows of all logs, 1 or 3, groups]."""
+        """What the programs logged of errors and stiffness, [rows of all logs, 1 to 3, groups]."""
         return self.logs[0][1].figures if len(self.logs) == 1 else torch.cat([log.figures for _, log in self.logs])
 
     def stand_in(self) -> Tensor:
@@ -601,11 +693,12 @@ class Ran(Trajectory):
         """The gradients by error and stiffness, in the grid's order, from that by `figures`; None without one."""
         if cotangent is None:
             return None, None
-        error = self._of_steps(cotangent[:, 0])
-        if not self.problem.solver.reports_stiffness:
+        solver = self.problem.solver
+        error = None if solver.error_order is None else self._of_steps(cotangent[:, 0])
+        if not solver.reports_stiffness:
             return error, None
-        # The stiffness is the second figure over the third one and the step size.
-        return error, self._of_steps(cotangent[:, 1] * self.figures[:, 2] * self._sizes)
+        # The stiffness is the last figure but one over the last one and the step size.
+        return error, self._of_steps(cotangent[:, -2] * self.figures[:, -1] * self._sizes)
 
     @functools.cached_property
     def _sizes(self) -> Tensor:
@@ -617,7 +710,7 @@ class Ran(Trajectory):
     @functools.cached_property
     def counts(self) -> Counts:  # noqa: D102
         solver, stand = self.problem.solver, self._stand
-        nfe = (stand.accepted + stand.rejected) * solver.calls_per_step + 1 + (self.problem.dt0 is None)
+        nfe = (stand.accepted + stand.rejected) * solver.calls_per_step + self._extra
         none = torch.zeros_like(stand.accepted)
         every = (stand.accepted, stand.rejected, nfe.clamp(min=1), none, none, none)
         return Counts(*(x.expand(len(self._z0)) for x in every))

@@ -91,7 +91,7 @@ class Checkpointed(Adjoint):
         run.trajectory, outcome = ran, plain(ran)
         if not (z0.requires_grad or tensors):
             return outcome
-        outcome.final, figures, states = _SolveCompiled.apply(run, engine, z0, *tensors)
+        outcome.final, outcome.interior, figures, states = _SolveCompiled.apply(run, engine, z0, *tensors)
         outcome.error = outcome.error and (lambda: ran.reported(figures, 0))
         outcome.stiffness = outcome.stiffness and (lambda: ran.reported(figures, 1))
         outcome.integral = functools.partial(ran.integral, figures)
@@ -166,15 +166,16 @@ class _SolveCompiled(torch.autograd.Function):
         ctx.run, ctx.engine, ctx.tensors = run, engine, tensors
         ctx.save_for_backward(z0, *tensors)
         ctx.set_materialize_grads(False)
-        return ran.final.detach(), ran.figures.detach(), ran.stand_in()
+        interior = None if ran.interior is None else ran.interior.detach()
+        return ran.final.detach(), interior, ran.figures.detach(), ran.stand_in()
 
     @staticmethod
-    def backward(ctx, final, figures, states):
+    def backward(ctx, final, interior, figures, states):
         z0, *_ = ctx.saved_tensors
         run, ran = ctx.run, ctx.ran
-        if states is None and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             try:
-                found = ctx.engine.backward(ran, ctx.tensors, final, figures)
+                found = ctx.engine.backward(ran, ctx.tensors, final, interior, figures, states)
             except compiled.Unsupported:
                 complain_of_change(run.adjoint)
             if found is not None:
@@ -182,7 +183,7 @@ class _SolveCompiled(torch.autograd.Function):
                 if off > torch.finfo(z0.dtype).eps ** 0.5 * float(ran.final.abs().max()):
                     complain_of_change(run.adjoint)
                 return None, None, *gradients
-        cotangents = final, None, *ran.of_steps(figures), states
+        cotangents = final, interior, *ran.of_steps(figures), states
         with run.uses.followed():
             go = _differentiable_backward if torch.is_grad_enabled() else _backward
             z0_gradient, *gradients = go(run, z0, cotangents)
