@@ -53,7 +53,7 @@ def test_rows_are_measured(short_run):
     assert result["config"]["seeds"] == [0]
     weights = result["config"]["penalties"]
     assert weights["vanilla"] is None and weights["GlobalError"][0] > weights["GlobalError"][1] > 0
-    assert result["config"]["epochs"] == 2 and set(result["versions"]) == {"python", "torch", "neuralde"}
+    assert result["config"]["epochs"] == 2 and {"python", "torch", "neuralde"} <= set(result["versions"])
 
 
 def test_picture_is_saved(short_run):

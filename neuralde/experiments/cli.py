@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pathlib
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
+from . import recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,14 +55,65 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="cpu", type=_device, help="where to train: cpu, cuda, cuda:1, ...")
     demo.add_argument("--seeds", type=_positive, default=3, metavar="N", help="how many runs of each model")
     demo.add_argument("--epochs", type=_positive, default=8, metavar="N", help="passes over the training data")
-    demo.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("neuralde-demo"), metavar="DIR", help="where to save to"
+    _add_output(demo, "neuralde-demo")
+    demo.set_defaults(run=lambda options: _demo(demo, options))
+    run = commands.add_parser(
+        "run",
+        help="run an experiment of the papers, and check what they found",
+        description="Runs an experiment of the papers. `neuralde run NAME --help` tells its options.",
+        epilog="experiments:\n" + "\n".join(f"  {name:16} {what}" for name, (_, what) in recipe.RECIPES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument(
+    run.add_argument("name", choices=recipe.RECIPES, metavar="NAME", help="of the experiment")
+    run.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    run.set_defaults(run=_run)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out), metavar="DIR", help="where to save to")
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
     )
-    demo.set_defaults(run=lambda options: _demo(demo, options))
-    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    module_name, what = recipe.RECIPES[options.name]
+    module = importlib.import_module(module_name)
+    parser = _Parser(
+        prog=f"neuralde run {options.name}",
+        description=f"{what[0].upper()}{what[1:]}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    recipe.add_options(parser, module.Config)
+    _add_output(parser, f"neuralde-{options.name}")
+    given = parser.parse_args(options.rest)
+    try:
+        config = recipe.configured(module.Config, given)
+    except ValueError as error:
+        parser.error(str(error))
+    if hasattr(config, "device"):
+        _check_device(parser, config.device)
+    _check_out(parser, given.out)
+
+    from ..errors import NeuralDEError
+
+    command = shlex.join(["neuralde", "run", options.name, *options.rest])
+    try:
+        result = module.run(config)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    except NeuralDEError as error:
+        print(f"{parser.prog}: the experiment failed: {error}", file=sys.stderr)
+        return 1
+    files = recipe.save(options.name, config, result, command, given.out)
+    if given.json:
+        json.dump(recipe.summary(options.name, config, result, command), sys.stdout, indent=2)
+        print()
+    else:
+        recipe.show(result)
+        print("Saved: " + ", ".join(map(str, files)))
+    return 0
 
 
 def _positive(text: str) -> int:

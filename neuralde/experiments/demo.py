@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import platform
-import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -22,6 +19,7 @@ import neuralde as nde
 import regularizers as reg
 
 from .data import Split, digits
+from .recipe import Column, mean_and_spread, progress, versions
 from .training import History, prediction_seconds, train
 
 
@@ -72,12 +70,12 @@ class Trial:
     solution: nde.Solution
 
 
-# What a row of the table has, with its heading and its format.
+# What a row of the table has.
 COLUMNS = {
-    "accuracy": ("accuracy (%)", 100.0, 1),
-    "nfe": ("NFE", 1.0, 1),
-    "training_seconds": ("training (s)", 1.0, 1),
-    "prediction_seconds": ("predict (ms)", 1e3, 1),
+    "accuracy": Column("accuracy (%)", 100.0),
+    "nfe": Column("NFE"),
+    "training_seconds": Column("training (s)"),
+    "prediction_seconds": Column("predict (ms)", 1e3),
 }
 
 
@@ -90,25 +88,18 @@ class Result:
 
     def rows(self) -> list[dict]:
         """One row per variant: the mean and the spread (sample standard deviation) over seeds of every column."""
-        rows = []
-        for name, trials in self.trials.items():
-            row = {"model": name, "seeds": len(trials)}
-            for column in COLUMNS:
-                values = [getattr(trial, column) for trial in trials]
-                row[column] = statistics.fmean(values)
-                row[f"{column}_spread"] = statistics.stdev(values) if len(values) > 1 else None
-            rows.append(row)
-        return rows
+        return [
+            mean_and_spread(name, [vars(trial) for trial in trials], COLUMNS) for name, trials in self.trials.items()
+        ]
 
     def summary(self) -> dict:
         """What is saved and what `--json` prints."""
         rows = self.rows()
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "neuralde": nde.__version__}
         return {
             "config": {**asdict(self.config), "seeds": list(range(self.config.seeds)), "penalties": _weights()},
             "rows": rows,
             "finding": finding(rows),
-            "versions": versions,
+            "versions": versions(),
             "history": {name: [asdict(t.history) for t in trials] for name, trials in self.trials.items()},
         }
 
@@ -137,22 +128,17 @@ def make_model(config: Config) -> nn.Sequential:
 
 def run(config: Config) -> Result:
     """Trains every variant with every seed. Shows its progress on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     data = digits(torch.float64, config.device)
     steps = config.epochs * -(-len(data.train_x) // config.batch)
     trials: dict[str, list[Trial]] = {name: [] for name in VARIANTS}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
-    columns = (TextColumn("{task.description:<30}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as progress:
-            bar = progress.add_task("", total=len(VARIANTS) * config.seeds * config.epochs)
+        with progress(len(VARIANTS) * config.seeds * config.epochs) as bar:
             for seed in range(config.seeds):
                 for name, make_penalty in VARIANTS.items():
-                    progress.update(bar, description=f"{name}, seed {seed}")
-                    trials[name].append(_trial(config, data, make_penalty, steps, seed, lambda: progress.advance(bar)))
+                    bar.say(f"{name}, seed {seed}")
+                    trials[name].append(_trial(config, data, make_penalty, steps, seed, bar.advance))
     finally:
         torch.set_num_threads(threads)
     return Result(config, trials)
@@ -216,19 +202,13 @@ def show(result: Result) -> None:
     tested = len(result.trials["vanilla"][0].solution.status)
     table.caption = f"accuracy, NFE and prediction on the {tested} test digits"
     table.add_column("model", no_wrap=True)
-    for heading, _, _ in COLUMNS.values():
-        table.add_column(heading, justify="right")
+    for column in COLUMNS.values():
+        table.add_column(column.heading, justify="right")
     for row in rows:
-        cells = [_cell(row[name], row[f"{name}_spread"], *how[1:]) for name, how in COLUMNS.items()]
-        table.add_row(row["model"], *cells)
+        table.add_row(row["model"], *(c.cell(row[name], row[f"{name}_spread"]) for name, c in COLUMNS.items()))
     console = Console()
     console.print(table)
     console.print(finding(rows), highlight=False)
-
-
-def _cell(mean: float, spread: float | None, factor: float, places: int) -> str:
-    text = f"{factor * mean:.{places}f}"
-    return text if spread is None else f"{text} ± {factor * spread:.{places}f}"
 
 
 def save(result: Result, out: pathlib.Path) -> list[pathlib.Path]:
