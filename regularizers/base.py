@@ -120,5 +120,7 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     # Known by what they hold, so that layers of every kind, and users' own, count.
     for module in model.modules():
-        if hasattr(module, "solution") and (module.solution is None or isinstance(module.solution, Solution | Recorded)):
+        if hasattr(module, "solution") and (
+            module.solution is None or isinstance(module.solution, Solution | Recorded)
+        ):
             yield module

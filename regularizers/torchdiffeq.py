@@ -130,7 +130,8 @@ class _Solve:
         at = torch.lerp(t[0], t[-1], drawn.random())
         passing = Passing(drawn, self.direction, float(at))
         func = self._watched(passing.add) if self.stepwise else self.func
-        if self.adjoint or self.options.get("interp") == "cubic":  # which would evaluate func once more
+        # Cubic interpolation would evaluate func once more; SciPy's, in one product with the other times, has others' bits.
+        if self.adjoint or not self.stepwise or self.options.get("interp") == "cubic":
             result = self._call(func, self.t, {})
             if not self.stepwise:
                 first = int((self.direction * (t - at) <= 0).sum()) - 1
@@ -139,8 +140,9 @@ class _Solve:
             unbiased = Place(at, self._signed(start[2]), lambda through: self._state(start, at, through))
         else:
             result, state = self._with_output(func, at)
-            dt = None if passing.around is None else self._signed(passing.around[2])
-            unbiased = Place(at, dt, lambda through: state if through else _constant(state))
+            unbiased = Place(
+                at, self._signed(passing.around[2]), lambda through: state if through else _constant(state)
+            )
         if passing.uniform is None:
             return result, {"unbiased": unbiased, "biased": "its steps are SciPy's, and shown to nobody"}
         return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform)}
@@ -153,7 +155,7 @@ class _Solve:
             result = self._call(func, t, {})
             return result, pytree.tree_map(lambda y: y[before - 1], result)
         options = self.options
-        if not self.adaptive and self.method != "scipy_solver" and "step_size" not in options:
+        if not self.adaptive and options.get("step_size") is None:
             # The steps are those between the times asked for, or made from them.
             build = options.get("grid_constructor")
             options = options | {
@@ -217,7 +219,10 @@ class _Solve:
         return y if through else _constant(y)
 
     def _state(self, start: tuple, at: Tensor, through: bool):
-        """The solution inside of a step, which torchdiffeq makes once more: its own interpolant has the state there."""
+        """The solution inside of a step, which torchdiffeq makes once more: its own interpolant has the state there.
+
+        Of SciPy's solver no step is known, and torchdiffeq solves on from the last output before.
+        """
         t, y, dt = start
         y = self._taped(y, through)
         if bool(t == at):
