@@ -47,7 +47,7 @@ class _Recording:
         self._adjoint, self._last = adjoint, threading.local()
 
     @property
-    def solution(self) -> Recorded | None:  # noqa: D102  (documented in the class)
+    def solution(self) -> Recorded | None:
         return getattr(self._last, "solution", None)
 
     def __call__(self, func, y0, t, **kwargs):

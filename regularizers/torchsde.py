@@ -47,7 +47,7 @@ class _Recording:
         self._signature = inspect.signature(function)
 
     @property
-    def solution(self) -> Recorded | None:  # noqa: D102  (documented in the class)
+    def solution(self) -> Recorded | None:
         return getattr(self._last, "solution", None)
 
     def __call__(self, sde, y0, ts, *args, **kwargs):
