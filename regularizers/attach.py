@@ -18,9 +18,9 @@ def attach(model: nn.Module, engine: str | None = None, **solve_options) -> nn.M
 
     Args:
         model: a Module, or such a layer itself.
-        engine: None leaves the solves to torchdyn. "neuralde" has `neuralde.solve` make them, in place, with the layer's
-            solver, tolerances and output times: then the global penalties work too, and so does all else that takes a
-            `Solution`. Results agree to the tolerances, not to the bit. None takes the layers back.
+        engine: None leaves the solves to torchdyn. "neuralde" has `neuralde.solve` make them, in place, with the
+            layer's solver, tolerances and output times: then the global penalties work too, and so does all else that
+            takes a `Solution`. Results agree to the tolerances, not to the bit. None, later, gives them back.
         **solve_options: with engine="neuralde": of `neuralde.solve`, instead of what the layer's arguments say: adjoint
             ("direct" for sensitivity="autograd", else "checkpointed"), control ("joint"), rtol, solver, ...
 
@@ -44,8 +44,8 @@ def attach(model: nn.Module, engine: str | None = None, **solve_options) -> nn.M
         found |= torchdyn.attach(model, engine, solve_options)
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has neither a torchdyn NeuralODE or NeuralSDE nor a neuralde layer inside. Calls of "
-            "torchdiffeq and torchsde are recorded by importing theirs from here: from regularizers.torchdiffeq import "
-            "odeint"
+            f"{type(model).__name__} has neither a torchdyn NeuralODE or NeuralSDE nor a neuralde layer inside. Calls "
+            "of torchdiffeq and torchsde are recorded where their functions come from here: from "
+            "regularizers.torchdiffeq import odeint"
         )
     return model

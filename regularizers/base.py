@@ -72,7 +72,7 @@ class Regularizer(nn.Module, abc.ABC):
             raise TypeError(
                 f"{type(self).__name__} looks at more than one step, and {solution.source} shows no others: LocalError "
                 'and LocalStiffness can do with it. attach(model, engine="neuralde") has neuralde make the solves of '
-                "torchdyn's layers; elsewhere solve with neuralde.solve or neuralde.NeuralODE, and this penalty works too"
+                "torchdyn's layers; elsewhere solve with neuralde.solve or neuralde.NeuralODE, where this penalty works"
             )
         if isinstance(solution, Skipped):
             return solution.zero
@@ -96,10 +96,10 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
     """
     if isinstance(source, Solution | Recorded):
         return [source]
-    if isinstance(source, list | tuple):
+    if isinstance(source, list) and all(isinstance(x, Solution | Recorded) for x in source):
         if not source:
             raise ValueError("no solve was recorded: call the model inside of `with record() as solutions:`")
-        return [solution for x in source for solution in solutions(x)]
+        return source
     if not isinstance(source, nn.Module):
         raise TypeError(
             f"a penalty takes a Solution, a neuralde layer, a model with such layers or a list of solutions, got "
@@ -108,8 +108,8 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
     layers = list(_layers(source))
     if not layers:
         raise ValueError(
-            f"{type(source).__name__} has no neuralde layer inside, nor one that attach() has seen; pass the Solution that "
-            "the penalty is for"
+            f"{type(source).__name__} has no neuralde layer inside, nor one that attach() has seen; pass the Solution "
+            "that the penalty is for"
         )
     found = [layer.solution for layer in layers if layer.solution is not None]
     if not found:
@@ -120,7 +120,5 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     # Known by what they hold, so that layers of every kind, and users' own, count.
     for module in model.modules():
-        if hasattr(module, "solution") and (
-            module.solution is None or isinstance(module.solution, Solution | Recorded)
-        ):
+        if hasattr(module, "solution") and isinstance(module.solution, Solution | Recorded | None):
             yield module

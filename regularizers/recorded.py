@@ -199,7 +199,7 @@ class Passing:
             self.around = t, z, dt
 
     def _by_length(self, length: float | None = None):
-        """The last step may be the one that a uniformly drawn time lies in: as likely as its part of the way is long."""
+        """Draws the last step, as likely as its part of the way is long."""
         if self._last is not None:
             length = float(self._last[2]) if length is None else length
             self._length += length

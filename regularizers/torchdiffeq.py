@@ -6,8 +6,9 @@
     y = odeint(func, y0, t)
     loss = loss + penalty(odeint.solution)
 
-torchdiffeq makes the solves, with its own methods: results and gradients are the same to the bit. A time is sampled, and
-added to the requested ones where that moves no step; else the accepted steps are watched by torchdiffeq's callbacks.
+torchdiffeq makes the solves, with its own methods: results and gradients are the same to the bit. A time is sampled,
+and added to the requested ones where that moves no step and changes no bit; else the accepted steps are watched by
+torchdiffeq's callbacks, and the one around that time is made once more, without a tape.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class _Solve:
         at = torch.lerp(t[0], t[-1], drawn.random())
         passing = Passing(drawn, self.direction, float(at))
         func = self._watched(passing.add) if self.stepwise else self.func
-        # Cubic interpolation would evaluate func once more; SciPy's, in one product with the other times, has others' bits.
+        # Cubic interpolation would evaluate func once more; SciPy's is one product with the other times, which changes
+        # their last bits.
         if self.adjoint or not self.stepwise or self.options.get("interp") == "cubic":
             result = self._call(func, self.t, {})
             if not self.stepwise:

@@ -277,7 +277,7 @@ class _Swapped(_Call):
         t_span = t_span.to(pytree.tree_leaves(x)[0].device)
         solution = nde.solve(nde.ODE(layer.vf), x, t_span, **self._how(t_span.detach()))
         solution.__class__ = _Last
-        layer.solution, zs = solution, solution.zs
+        layer.solution, zs = keep(solution), solution.zs
         if len(save_at) and not solution.solver.adaptive:
             save_at = torch.as_tensor(save_at).to(t_span)
             rows = torch.isclose(t_span[:, None], save_at).any(dim=1).nonzero().flatten()

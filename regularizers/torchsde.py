@@ -6,9 +6,9 @@
     ys = sdeint(sde, y0, ts, method="srk", dt=1e-2)
     loss = loss + penalty(sdeint.solution)
 
-torchsde makes the solves, on the Brownian path that it would have had: results and gradients are the same to the bit. The
-steps are seen by what they ask of the Brownian motion and of the SDE. A penalty's step is one of the same method, with
-fresh noise; its error is torchsde's own estimate, one step against two of half the size.
+torchsde makes the solves, on the Brownian path that it would have had: results and gradients are the same to the bit.
+The steps are seen by what they ask of the Brownian motion and of the SDE. A penalty's step is one of the same method,
+with fresh noise; its error is torchsde's own estimate, one step against two of half the size.
 """
 
 from __future__ import annotations

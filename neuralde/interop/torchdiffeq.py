@@ -19,7 +19,7 @@ from ._case import Case
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "probe"]
 
-# What makes one step of a method, with torchdiffeq's error estimate. Adams methods and SciPy's need their earlier steps.
+# What makes one step of a method, with torchdiffeq's error estimate. Adams methods and SciPy's need earlier steps.
 SOLVERS = {**_methods.ADAPTIVE, **_methods.FIXED}
 
 
