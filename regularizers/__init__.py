@@ -1,6 +1,8 @@
 """Penalties that make differential equations cheaper to solve."""
 
+from .attach import attach
 from .base import Regularizer
+from .recorded import record
 from .schedules import constant, cosine, exponential, linear
 from .solver import GlobalError, GlobalStiffness, LocalError, LocalStiffness
 
@@ -14,8 +16,10 @@ __all__ = [
     "LocalError",
     "LocalStiffness",
     "Regularizer",
+    "attach",
     "constant",
     "cosine",
     "exponential",
     "linear",
+    "record",
 ]

@@ -16,6 +16,7 @@ from neuralde.introspection import Probe
 from neuralde.solution import Solution
 
 from .base import Regularizer
+from .recorded import Recorded
 from .schedules import Schedule
 
 _REDUCTIONS = ("sum", "mean", "max")
@@ -124,6 +125,8 @@ def _stability_size(solver) -> float:
 class _Local(Regularizer):
     """One probe step at a time sampled per sample (per batch under joint control)."""
 
+    local = True
+
     def __init__(self, sampling: str, weight: float | Schedule, through_state: bool, solver, generator):
         super().__init__(weight)
         if sampling not in ("unbiased", "biased"):
@@ -156,6 +159,16 @@ class _Local(Regularizer):
         if solver is None and not self._able(solution.solver):
             solver = "tsit5"  # as the papers' code probes a multistep solution
         return introspection.probe_solution(solution, t, through_state=self.through_state, solver=solver)
+
+    def look(self, solution: Solution | Recorded) -> Probe:
+        """The probe step at a sampled time; of another library's solve, at the one that was sampled as it was made."""
+        if not isinstance(solution, Recorded):
+            return self.probe(solution, self.sample(solution))
+        if self.generator is not None:
+            raise ValueError(
+                f"generator: the times of {solution.source} were sampled as it was made; give record(generator=...) one"
+            )
+        return solution.probe(self.sampling, self.through_state, self.solver, self._able)
 
     def _able(self, solver) -> bool:
         return solver.error_order is not None
@@ -203,7 +216,7 @@ class LocalError(_Local):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
-        probe = self.probe(solution, self.sample(solution))
+        probe = self.look(solution)
         return (probe.error if self.scaled else probe.raw_error) * probe.dt.abs()
 
 
@@ -234,5 +247,5 @@ class LocalStiffness(_Local):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
-        probe = self.probe(solution, self.sample(solution))
+        probe = self.look(solution)
         return probe.stiffness / _stability_size(probe.solver) if self.relative else probe.stiffness

@@ -120,6 +120,16 @@ def _control(case: Case, solver: Solver, options: dict) -> nde.StepControl:
     )
 
 
+def lens(case: Case, method: str, options: dict, solver: str | Solver | None) -> tuple[Solver, nde.StepControl]:
+    """What one step is looked at with: the method's own solver, or another one, and its norm."""
+    if solver is None:
+        solver = ({**ADAPTIVE, **FIXED}).get(method)
+        if solver is None:
+            raise ValueError(f"method {method!r} builds on earlier steps; give the solver that is to make this one")
+    solver = nde.solvers.get(solver)
+    return solver, _control(case, solver, {name: x for name, x in options.items() if name == "norm"})
+
+
 def _mixed_norm(y: tuple[Tensor, ...]) -> Tensor:
     """The largest RMS of a tuple's tensors: torchdiffeq's norm for them."""
     return torch.stack([x.abs().square().mean().sqrt() for x in y if x.numel()]).max()

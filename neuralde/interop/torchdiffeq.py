@@ -17,7 +17,10 @@ import neuralde as nde
 from . import _methods
 from ._case import Case
 
-__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "probe"]
+
+# What makes one step of a method, with torchdiffeq's error estimate. Adams methods and SciPy's need earlier steps.
+SOLVERS = {**_methods.ADAPTIVE, **_methods.FIXED}
 
 
 def odeint(func: Callable, y0, t: Tensor, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None):
@@ -165,6 +168,28 @@ def odeint_dense(func: Callable, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=Non
         return case.form.outputs(zs) if torch.as_tensor(t).dim() else case.form.disclose(zs)
 
     return dense_output
+
+
+def probe(
+    func: Callable, t, y, dt=None, *, t1=None, rtol=1e-7, atol=1e-9, method=None, options=None, solver=None
+) -> nde.introspection.Probe:
+    """One step of a torchdiffeq solve under the lens: `nde.probe` with torchdiffeq's error estimate and norm.
+
+    Args:
+        func, rtol, atol, method, options: of `odeint`; of the options, the norm counts.
+        t, y: where the step starts. t: a number or a tensor with one.
+        dt: its (signed) size; None for the one that a solve from here to t1 would begin with.
+        t1: where that solve ends. None: forward, without limit.
+        solver: another method's step, by neuralde's names; needed for an Adams method and "scipy_solver".
+
+    Returns:
+        A `Probe` of y as one sample: its figures are [1].
+    """
+    leaf = y if isinstance(y, Tensor) else y[0]
+    case = Case(func, y, torch.as_tensor(t, device=leaf.device).to(leaf.real.dtype).reshape(1))
+    solver, control = _methods.lens(case, *_methods.check(method, options), solver)
+    how = {"rtol": case.tolerance("rtol", rtol), "atol": case.tolerance("atol", atol)}
+    return nde.probe(case.field, case.t, case.z0, dt, solver=solver, control=control, t1=t1, **how)
 
 
 def _solve(case: Case, rtol, atol, method, options, event_fn, adjoint: str | dict):

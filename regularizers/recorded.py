@@ -1,0 +1,217 @@
+"""Solves of other libraries, as far as a local penalty needs them: a sampled time, the state there, and a step.
+
+The adapters (`regularizers.torchdiffeq`, `.torchsde`, `.torchdyn`) make them; none of the libraries is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neuralde.errors import NonFiniteState
+from neuralde.introspection import Probe
+
+# The recordings that are open, outermost first: (the list that fills, where its times come from).
+_OPEN: contextvars.ContextVar[tuple] = contextvars.ContextVar("recordings", default=())
+
+
+@contextlib.contextmanager
+def record(generator: torch.Generator | None = None) -> Iterator[list[Recorded]]:
+    """Collects what the adapters solve inside: `with reg.record() as solutions: ...; loss + penalty(solutions)`.
+
+    Every solve by `regularizers.torchdiffeq`, by `regularizers.torchsde` and by the torchdyn layers that `attach` has
+    seen is one entry, in order. A penalty of the list is the sum over its entries.
+
+    Args:
+        generator: where the sampled times come from. None: a stream of their own, which starts at torch.manual_seed's
+            seed and leaves torch's, numpy's and Python's random numbers as they were.
+    """
+    solutions: list[Recorded] = []
+    token = _OPEN.set((*_OPEN.get(), (solutions, generator)))
+    try:
+        yield solutions
+    finally:
+        _OPEN.reset(token)
+
+
+def keep(solution: Recorded) -> Recorded:
+    """Adds a solve to every list that is open."""
+    for solutions, _ in _OPEN.get():
+        solutions.append(solution)
+    return solution
+
+
+class _Stream(threading.local):
+    generator: torch.Generator | None = None
+
+
+_STREAM = _Stream()
+
+
+def draws() -> random.Random:
+    """Random numbers for one solve, which take none away from whoever else draws some."""
+    opened = _OPEN.get()
+    generator = opened[-1][1] if opened else None
+    if generator is None:
+        if _STREAM.generator is None or _STREAM.generator.initial_seed() != torch.initial_seed():
+            _STREAM.generator = torch.Generator().manual_seed(torch.initial_seed())
+        generator = _STREAM.generator
+    return random.Random(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+
+
+def wanted(f) -> bool:
+    """Whether anybody could want a penalty of a solve: not under `torch.no_grad`, nor of a Module in eval mode."""
+    return torch.is_grad_enabled() and (f.training if isinstance(f, nn.Module) else True)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A sampled point of a solve.
+
+    Attributes:
+        t: the time. dt: the (signed) step that the library took there, None where nobody knows.
+        state: state(through) is the solution at t: on its tape where `through` asks for it, else a constant.
+    """
+
+    t: Tensor
+    dt: Tensor | None
+    state: Callable
+
+
+class Recorded:
+    """What a penalty takes of a solve that another library made.
+
+    Args:
+        source: who made it, for messages.
+        places: the sampled point for each sampling, or why there is none.
+        lens: lens(place, z, solver, able) -> the `Probe` from there, by that solver, or by the one that corresponds to
+            the library's method where it is able(solver).
+        like: a tensor of the state.
+
+    Attributes:
+        converged: all True, [1]: another library raises where it fails.
+
+    The time was sampled as the solve was made, so that a penalty of one solve has one value, whenever it is asked. A
+    copy or a pickle of it is None: it holds a graph, and belongs to one call.
+    """
+
+    def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], like: Tensor):
+        self.source, self._places, self._lens = source, places, lens
+        self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
+        kind = like.device.type
+        enabled = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if enabled else None
+        # f is evaluated as it was in the solve, wherever the penalty is taken.
+        self._as_it_was = functools.partial(torch.autocast, kind, dtype, enabled, cache_enabled=False)
+
+    def place(self, sampling: str) -> Place:
+        """The point that was sampled.
+
+        Args:
+            sampling: "unbiased", uniformly on the horizon; "biased", uniformly over the starts of the accepted steps.
+
+        Raises:
+            ValueError: it can't be had of this solve.
+        """
+        place = self._places[sampling]
+        if isinstance(place, str):
+            raise ValueError(f"sampling={sampling!r} can't be had of {self.source}: {place}")
+        return place
+
+    def probe(
+        self, sampling: str, through_state: bool = False, solver=None, able: Callable = lambda solver: True
+    ) -> Probe:
+        """The step under the lens, from the point that was sampled. See `neuralde.introspection.Probe`.
+
+        Args:
+            sampling: of `place`. through_state: whether gradients flow into the state there.
+            solver: another method than the one that corresponds to the library's.
+            able: which solvers will do; tsit5 steps in for one that won't.
+
+        Raises:
+            ValueError: this solve has no such point, or no tape at it.
+            NonFiniteState: the solution is not finite there.
+        """
+        place = self.place(sampling)
+        with self._as_it_was():
+            z = place.state(through_state)
+            leaves = torch.utils._pytree.tree_leaves(z)
+            if not all(bool(torch.isfinite(x).all()) for x in leaves):
+                raise NonFiniteState(f"the solution of {self.source} is not finite at t = {float(place.t):.6g}")
+            return self._lens(place, z, solver, able)
+
+    def __repr__(self) -> str:
+        return f"Recorded({self.source})"
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class Skipped(Recorded):
+    """A solve that nobody can want a penalty of: without gradients, or in eval mode. Every penalty of it is 0."""
+
+    def __init__(self, source: str, like: Tensor):
+        super().__init__(source, {}, None, like)
+        self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
+
+
+class Passing:
+    """The accepted steps as they pass: keeps the one around a time, and one drawn uniformly.
+
+    Args:
+        drawn: of `draws`.
+        direction: of time, 1 or -1.
+        wanted: the time; None where the end is not known yet: then a step is drawn by its length.
+
+    Attributes:
+        around, uniform: (t, z, dt), or None before the first.
+    """
+
+    def __init__(self, drawn: random.Random, direction: int, wanted: float | None):
+        self._drawn, self._direction, self._wanted = drawn, direction, wanted
+        self.around = self.uniform = self._last = None
+        self._count, self._length = 0, 0.0
+
+    def add(self, t, z, dt):
+        """Takes in a step.
+
+        Args:
+            t, dt: its start and (positive) size, a number each. z: the state at its start.
+        """
+        self._count += 1
+        if self._drawn.random() * self._count < 1.0:
+            self.uniform = t, z, dt
+        if self._wanted is None:
+            self._by_length()
+            self._last = t, z, dt
+        elif self.around is None or self._direction * (self._wanted - float(t)) >= 0.0:
+            self.around = t, z, dt
+
+    def _by_length(self, length: float | None = None):
+        """Draws the last step, as likely as its part of the way is long."""
+        if self._last is not None:
+            length = float(self._last[2]) if length is None else length
+            self._length += length
+            if self._drawn.random() * self._length < length:
+                self.around = self._last
+
+    def ended(self, t: float) -> float | None:
+        """A uniformly drawn time between the start and the end t, in the step `around`; None without a step."""
+        if self._last is None:
+            return None
+        start = float(self._last[0])
+        self._by_length(abs(t - start))
+        start, whole = float(self.around[0]), float(self.around[2])
+        length = min(whole, abs(t - start))
+        return start + self._direction * length * self._drawn.random()

@@ -1,0 +1,310 @@
+"""torchdyn's layers, which show their solves to penalties once `regularizers.attach` has seen them.
+
+torchdyn makes the solves; its solver object is watched as it makes the steps. Or neuralde makes them in its place.
+torchdyn is not imported: whoever has one of its layers has done so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import neuralde as nde
+from neuralde import solvers
+from neuralde.interop import torchdiffeq as interop
+from neuralde.introspection import Probe
+from neuralde.solvers import Solver
+
+from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+
+# The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
+_SOLVERS = {
+    "Euler": solvers.get("euler"),
+    "Midpoint": solvers.get("midpoint"),
+    "RungeKutta4": solvers.get("rk4"),
+    "DormandPrince45": interop.SOLVERS["dopri5"],
+    "Tsitouras45": solvers.get("tsit5"),
+}
+# What torchdyn leaves on modules for the time of a call: data control, and the noise of trace estimators.
+_LEFT = ("_control", "noise")
+
+
+def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
+    """See `regularizers.attach`. Returns whether the model has such a layer."""
+    core = sys.modules["torchdyn.core.neuralde"]
+    found = False
+    for layer in model.modules():
+        if isinstance(layer, core.NeuralODE):
+            # Attributes of the object go before those of its class, and are copied and pickled with it.
+            layer.forward, layer.trajectory = (
+                _Watched(layer, name) if engine is None else _Swapped(layer, name, solve_options)
+                for name in ("forward", "trajectory")
+            )
+        elif isinstance(layer, core.NeuralSDE):
+            if engine is not None:
+                raise ValueError(f"{type(layer).__name__}: engine={engine!r} can make the solves of a NeuralODE only")
+            layer.forward, layer.trajectory = (_WatchedSDE(layer, name) for name in ("forward", "trajectory"))
+        else:
+            continue
+        found, layer.solution = True, None
+    return found
+
+
+def method_of(solver) -> Solver:
+    """The solver of ours that makes the steps of a solver object of torchdyn's."""
+    if isinstance(solver, Solver):
+        return solver
+    return _SOLVERS.get(type(solver).__name__) or solvers.get(solver)
+
+
+class _Call:
+    """A method of a layer, in its place.
+
+    Args:
+        layer: of torchdyn. name: of the method.
+    """
+
+    def __init__(self, layer: nn.Module, name: str):
+        self.layer, self.name = layer, name
+
+    def original(self, *args, **kwargs):
+        """What the layer's class does."""
+        return getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
+
+
+class _Watched(_Call):
+    """forward or trajectory of a NeuralODE, watched."""
+
+    def __call__(self, x, *args, **kwargs):
+        layer = self.layer
+        layer.solution = None  # lets go of the last call's graph before this one's is built
+        like = pytree.tree_leaves(x)[0]
+        if not wanted(layer):
+            result = self.original(x, *args, **kwargs)
+            layer.solution = keep(Skipped("torchdyn's NeuralODE", like))
+            return result
+        eye = _Eye(layer.solver, draws())
+        own = layer.__dict__.get("solver")
+        # Found before the registered Module of that name; another layer that shares the solver does not see it.
+        layer.__dict__["solver"] = eye
+        try:
+            result = self.original(x, *args, **kwargs)
+        finally:
+            del layer.__dict__["solver"]
+            if own is not None:
+                layer.__dict__["solver"] = own
+        eye.close()
+        taped = self.name == "trajectory" or layer.sensitivity == "autograd"
+        layer.solution = keep(_Solve(layer, layer.solver, eye, taped).recorded(like))
+        return result
+
+
+class _Eye:
+    """A solver object of torchdyn's that shows its accepted steps.
+
+    Args:
+        solver: what steps. drawn: of `draws`.
+
+    Attributes:
+        passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve.
+        at: a time drawn uniformly on the horizon, [], likewise.
+        f, args: what is stepped.
+    """
+
+    def __init__(self, solver, drawn: random.Random):
+        self._solver, self._drawn = solver, drawn
+        self.passing = self.at = self.f = self.args = self._attempt = None
+        self._open = True
+
+    @property
+    def __class__(self):  # torchdyn asks for the class of some solvers
+        return type(self._solver)
+
+    def __getattr__(self, name):
+        return getattr(self._solver, name)
+
+    def sync_device_dtype(self, x, t_span):
+        """The solver's, which every solve begins with."""
+        x, t_span = self._solver.sync_device_dtype(x, t_span)
+        if self._open and self.passing is None:
+            ends = t_span.detach()
+            self.at = torch.lerp(ends[0], ends[-1], self._drawn.random())
+            self.passing = Passing(self._drawn, 1, float(self.at))
+        return x, t_span
+
+    def step(self, f, x, t, dt, k1=None, args=None):
+        """The solver's."""
+        if self._open:
+            if self._attempt is not None and self._attempt[0] is not t:  # a rejected one is repeated from the same t
+                self.passing.add(*self._attempt)
+            self._attempt, self.f, self.args = (t, x, dt), f, args
+        return self._solver.step(f, x, t, dt, k1=k1, args=args)
+
+    def close(self):
+        """The solve is over: the last attempt was accepted, and what a backward pass makes is not looked at."""
+        self._open = False
+        if self._attempt is not None:
+            self.passing.add(*self._attempt)
+
+
+class _Solve:
+    """A watched solve.
+
+    Args:
+        layer: the NeuralODE. solver: its own. eye: what watched it. taped: whether its states are on the tape.
+    """
+
+    def __init__(self, layer: nn.Module, solver, eye: _Eye, taped: bool):
+        self.layer, self.solver, self.taped = layer, solver, taped
+        self.f, self.args, self.passing, self.at = eye.f, eye.args, eye.passing, eye.at
+        self.direction = 1 if eye.f is layer.vf else -1
+        self.left = [(m, name, getattr(m, name)) for m in layer.vf.modules() for name in _LEFT if hasattr(m, name)]
+        self.rtol, self.atol = float(layer.rtol), float(layer.atol)
+
+    def recorded(self, like: Tensor) -> Recorded:
+        """What a penalty takes."""
+        around, uniform = self.passing.around, self.passing.uniform
+        places = {
+            "unbiased": self._place(self.at, around[2], lambda through: self._inside(around, through)),
+            "biased": self._place(uniform[0], uniform[2], lambda through: self._constant(uniform[1], through)),
+        }
+        return Recorded(f"torchdyn's NeuralODE ({type(self.solver).__name__})", places, self._lens, like)
+
+    def _place(self, t: Tensor, dt: Tensor, state) -> Place:
+        return Place(self.direction * t.detach().reshape(()), self.direction * dt.detach().reshape(()), state)
+
+    def _constant(self, x, through: bool):
+        if through and not self.taped:
+            raise ValueError(
+                f"through_state=True can't be had with sensitivity={self.layer.sensitivity!r}, whose states are not on "
+                'the tape; those of "autograd" are'
+            )
+        return x if through else pytree.tree_map(torch.detach, x)
+
+    def _inside(self, start: tuple, through: bool):
+        """The state inside of a step: torchdyn has it by a shorter step, as at its output times."""
+        t, x, _ = start
+        x = self._constant(x, through)
+        part = (self.at - t.detach()).reshape(t.shape)
+        if not bool(part > 0):
+            return x
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()), _as_left(self.left):
+            return self.solver.step(self.f, x, t.detach(), part, k1=None, args=self.args)[1]
+
+    def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
+        if solver is None:
+            own = method_of(self.solver)
+            solver = own if able(own) else "tsit5"
+        shape, vf = self.passing.around[0].shape, self.layer.vf
+        with _as_left(self.left):
+            return nde.probe(
+                lambda t, z: vf(t.reshape(shape), z),
+                place.t,
+                z,
+                place.dt,
+                solver=solver,
+                rtol=self.rtol,
+                atol=self.atol,
+                control="joint",
+            )
+
+
+@contextlib.contextmanager
+def _as_left(left: list) -> Iterator[None]:
+    """What a call left on the modules, again: the layer may have been called since."""
+    now = [(module, name, getattr(module, name)) for module, name, _ in left]
+    try:
+        for module, name, value in left:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in now:
+            setattr(module, name, value)
+
+
+# -- neuralde in its place -------------------------------------------------------------------------------------------
+
+
+class _Last(nde.Solution):
+    """A layer's last solution. A copy or pickle of the layer has None: it holds a graph, and belongs to one call."""
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class _Swapped(_Call):
+    """forward or trajectory of a NeuralODE, solved by neuralde.
+
+    Args:
+        layer, name: of `_Call`. solve_options: of `neuralde.solve`.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, solve_options: dict):
+        super().__init__(layer, name)
+        self.options = dict(solve_options)
+        nde.NeuralODE(layer.vf, **self._how(torch.zeros(2)))  # says what is wrong with the options, here and now
+
+    def _how(self, t_span: Tensor) -> dict:
+        """The options of `solve` that a layer's arguments mean."""
+        layer = self.layer
+        how = {
+            "solver": method_of(layer.solver),
+            "rtol": float(layer.rtol),
+            "atol": float(layer.atol),
+            "control": "joint",
+            "adjoint": "direct" if layer.sensitivity == "autograd" else "checkpointed",
+            **self.options,
+        }
+        if not solvers.get(how["solver"]).adaptive and "dt0" not in how:  # torchdyn's steps lie between its times
+            how["dt0"] = float((t_span[-1] - t_span[0]).abs()) or 1.0
+            how["step_times"] = t_span[1:-1] if len(t_span) > 2 else None
+        return how
+
+    def __call__(self, x, t_span=None, save_at=(), args=None):
+        """As the layer's method; neither of torchdyn's and our steps has a use for args."""
+        layer = self.layer
+        layer.solution = None
+        x, t_span = layer._prep_integration(x, t_span)
+        t_span = t_span.to(pytree.tree_leaves(x)[0].device)
+        solution = nde.solve(nde.ODE(layer.vf), x, t_span, **self._how(t_span.detach()))
+        solution.__class__ = _Last
+        layer.solution, zs = keep(solution), solution.zs
+        if len(save_at) and not solution.solver.adaptive:
+            save_at = torch.as_tensor(save_at).to(t_span)
+            rows = torch.isclose(t_span[:, None], save_at).any(dim=1).nonzero().flatten()
+            t_span, zs = save_at, pytree.tree_map(lambda z: z[rows], zs)
+        return (t_span, zs) if self.name == "forward" and layer.return_t_eval else zs
+
+
+# -- SDEs ------------------------------------------------------------------------------------------------------------
+
+
+class _WatchedSDE(_Call):
+    """forward or trajectory of a NeuralSDE, whose calls of torchsde are made here, watched."""
+
+    def __call__(self, x, s_span=None):
+        from . import torchsde
+
+        layer = self.layer
+        layer.solution = None
+        x = layer._prep_sdeint(x)
+        how = {"rtol": layer.rtol, "atol": layer.atol, "method": layer.solver, "dt": layer.ds}
+        function = torchsde.sdeint
+        if self.name == "forward":
+            s_span, how["adaptive"] = layer.s_span, layer.adaptive
+            if layer.sensitivity == "adjoint":
+                function = torchsde.sdeint_adjoint
+            else:
+                layer.defunc.intloss, layer.defunc.sensitivity = layer.intloss, layer.sensitivity
+        ys = function(layer.defunc, x, s_span, **how)
+        layer.solution = function.solution
+        return ys[-1] if self.name == "forward" else ys

@@ -1,0 +1,299 @@
+"""torchsde's functions, which show their solves to penalties: the import is the whole change to them.
+
+    from regularizers.torchsde import sdeint
+
+    penalty = reg.LocalError(weight=1e-2)
+    ys = sdeint(sde, y0, ts, method="srk", dt=1e-2)
+    loss = loss + penalty(sdeint.solution)
+
+torchsde makes the solves, on the Brownian path that it would have had: results and gradients are the same to the bit.
+The steps are seen by what they ask of the Brownian motion and of the SDE. A penalty's step is one of the same method,
+with fresh noise; its error is torchsde's own estimate, one step against two of half the size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+
+import torch
+import torchsde
+from torch import Tensor, nn
+
+from neuralde.control import rms
+from neuralde.introspection import Probe
+
+from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+
+__all__ = ["sdeint", "sdeint_adjoint"]
+
+_EVALUATIONS = ("f", "g", "f_and_g", "g_prod", "f_and_g_prod")
+
+
+class _Recording:
+    """A function of torchsde's that keeps its last solve for penalties.
+
+    Attributes:
+        solution: what a penalty takes of the last solve of this thread, or None. It holds that call's graph until the
+            next one. With several solves in one forward pass, `regularizers.record` has all of them.
+    """
+
+    def __init__(self, function: Callable, taped: bool):
+        functools.update_wrapper(self, function)
+        self.__module__ = __name__
+        self._taped, self._last = taped, threading.local()
+        self._signature = inspect.signature(function)
+
+    @property
+    def solution(self) -> Recorded | None:
+        return getattr(self._last, "solution", None)
+
+    def __call__(self, sde, y0, ts, *args, **kwargs):
+        """As torchsde's function of this name."""
+        self._last.solution = None  # lets go of the last call's graph before this one's is built
+        how = self._signature.bind(sde, y0, ts, *args, **kwargs)
+        how.apply_defaults()
+        how = how.arguments
+        usable = isinstance(y0, Tensor) and y0.dim() == 2 and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
+        source = f"torchsde.{self.__name__} (method {how['method'] or 'of its choice'!r})"
+        if not usable or not wanted(sde):
+            result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
+            self._last.solution = keep(Skipped(source, y0)) if usable else None
+            return result
+        watch = _Watch(source, how, self._taped)
+        unknown = how.pop("unused_kwargs", {})
+        result = self.__wrapped__(**{**how, **unknown, "sde": watch.sde, "bm": watch.path})
+        watch.close(result if isinstance(result, Tensor) else result[0])
+        self._last.solution = keep(watch.recorded())
+        return result
+
+    def __reduce__(self):
+        return self.__name__
+
+
+sdeint = _Recording(torchsde.sdeint, taped=True)
+sdeint_adjoint = _Recording(torchsde.sdeint_adjoint, taped=False)
+
+
+class _Watch:
+    """A solve that is watched: what it is called with instead of its SDE and its Brownian motion.
+
+    Args:
+        source: who solves. how: the arguments of sdeint. taped: whether its states are on the tape.
+
+    Attributes:
+        sde, path: for the call.
+    """
+
+    def __init__(self, source: str, how: dict, taped: bool):
+        self.source, self.how, self.taped, self.drawn = source, how, taped, draws()
+        y0, ts = how["y0"], how["ts"]
+        ts = ts.detach() if isinstance(ts, Tensor) else torch.tensor(ts, dtype=y0.dtype, device=y0.device)
+        self.at = torch.lerp(ts[0], ts[-1], self.drawn.random())
+        self.passing = Passing(self.drawn, 1, float(self.at))
+        self.method = how["method"] or _default_method(how["sde"])
+        self.noise, self.entropy = None, self.drawn.randrange(2**31 - 1)
+        brownian = how["bm"] if how["bm"] is not None else self._brownian(ts)
+        if brownian is not None:
+            self.noise = brownian.shape[1] - (how["logqp"] and how["sde"].noise_type == "diagonal")
+        self.path = brownian and _Path(brownian, self._step)
+        self.sde = _Shown(how["sde"], (*_EVALUATIONS, *(how["names"] or {}).values()), self._evaluated)
+        self._start = self._last = None  # of the attempt that begins; (t, y, dt) of the one before
+        self._queries, self._open = 0, True
+
+    def _brownian(self, ts: Tensor):
+        """The Brownian motion that torchsde would have made, of the same seed."""
+        sde, y0 = self.how["sde"], self.how["y0"]
+        noise = _noise_size(sde, ts[0], y0, self.how["names"] or {})
+        if noise is None:  # torchsde says what is missing
+            return None
+        noise += self.how["logqp"] and sde.noise_type == "diagonal"
+        return torchsde.BrownianInterval(
+            t0=ts[0],
+            t1=ts[-1],
+            size=(len(y0), noise),
+            dtype=y0.dtype,
+            device=y0.device,
+            levy_area_approximation=_levy_area(self.method),
+        )
+
+    def _step(self, t0, t1):
+        """Every step first asks for its increment; an adaptive attempt is a whole step and two halves."""
+        if not self._open:
+            return
+        if not self.how["adaptive"] or self._queries % 3 == 0:
+            self._start = t0, t1 - t0
+        self._queries += 1
+
+    def _evaluated(self, t, y: Tensor):
+        """And then it evaluates the SDE where it starts."""
+        if not self._open or self._start is None:
+            return
+        (t, dt), self._start = self._start, None
+        self._arrived(t, y)
+        self._last = t, y, dt
+
+    def _arrived(self, t, y: Tensor):
+        if self._last is not None and bool(t > self._last[0]):  # else the last attempt was rejected
+            start, z, dt = self._last
+            self.passing.add(start, (z, y), dt)
+
+    def close(self, ys: Tensor):
+        """The solve is over, with these outputs; what a backward pass asks for is not looked at."""
+        self._open = False
+        if self._last is not None:
+            self._arrived(self._last[0] + self._last[2], ys[-1])
+
+    def recorded(self) -> Recorded:
+        """What a penalty takes."""
+        if self.method == "reversible_heun":
+            why = "method 'reversible_heun' does not evaluate the SDE at its states; take 'heun' or 'midpoint'"
+            places = {"unbiased": why, "biased": why}
+        else:
+            start, z, dt = self.passing.around
+            first, states, whole = self.passing.uniform
+
+            def inside(through):
+                # As torchsde has its outputs, by linear interpolation.
+                part = ((self.at - start) / dt).to(z[0].dtype)
+                a, b = (self._constant(x, through) for x in z)
+                return torch.lerp(a, b, part.clamp(0.0, 1.0))
+
+            places = {
+                "unbiased": Place(self.at, dt, inside),
+                "biased": Place(first, whole, lambda through: self._constant(states[0], through)),
+            }
+        return Recorded(self.source, places, self._lens, self.how["y0"])
+
+    def _constant(self, y: Tensor, through: bool) -> Tensor:
+        if through and not self.taped:
+            raise ValueError(
+                f"through_state=True can't be had of {self.source}: its states are not on the tape; those of sdeint are"
+            )
+        return y if through else y.detach()
+
+    def _lens(self, place: Place, y: Tensor, solver, able: Callable) -> Probe:
+        if not able(_Estimate):
+            raise ValueError(f"{self.source} has no stiffness estimate; LocalError has what it needs")
+        if solver is not None and not isinstance(solver, str):
+            raise TypeError(f"solver must be the name of a method of torchsde's, got {type(solver).__name__}")
+        method, how = solver or self.method, self.how
+        t, dt = place.t, torch.as_tensor(place.dt).to(place.t)
+        noise = torchsde.BrownianInterval(
+            t0=t,
+            t1=t + dt,
+            size=(len(y), self.noise),
+            dtype=y.dtype,
+            device=y.device,
+            entropy=self.entropy,
+            levy_area_approximation=_levy_area(method),
+        )
+
+        def step(start, end, y):
+            return torchsde.sdeint(
+                how["sde"],
+                y,
+                torch.stack([start, end]),
+                bm=noise,
+                method=method,
+                dt=end - start,
+                options=how["options"],
+                names=how["names"],
+            )[-1]
+
+        middle = t + 0.5 * dt
+        whole, halves = step(t, t + dt, y), step(middle, t + dt, step(t, middle, y))
+        error = whole - halves
+        scale = how["atol"] + how["rtol"] * torch.maximum(whole.abs(), halves.abs())
+        batch = len(y)
+        return Probe(
+            t.expand(batch),
+            dt.expand(batch),
+            halves,
+            rms(error / scale, True).expand(batch),
+            rms(error, True).expand(batch),
+            None,
+            method,
+        )
+
+
+class _Estimate:
+    """What torchsde's methods can estimate, as penalties ask for it."""
+
+    error_order, reports_stiffness = 1, False
+
+
+class _Path:
+    """A Brownian motion that shows the steps that it is asked for.
+
+    Args:
+        brownian: of torchsde. notice: called with the ends of a step.
+    """
+
+    def __init__(self, brownian, notice: Callable):
+        self._brownian, self._notice = brownian, notice
+
+    def __getattr__(self, name):
+        return getattr(self._brownian, name)
+
+    def __call__(self, ta, tb=None, **what):
+        """The increment."""
+        self._notice(ta, tb)
+        return self._brownian(ta, tb, **what)
+
+
+class _Shown(nn.Module):
+    """An SDE that shows where it is evaluated; the one that it was made of may be shared, and is left alone.
+
+    Args:
+        sde: of torchsde. names: of the functions that evaluate it. notice: called with (t, y).
+    """
+
+    def __init__(self, sde, names: tuple[str, ...], notice: Callable):
+        super().__init__()
+        self.sde = sde
+        self.training = getattr(sde, "training", True)
+
+        def shown(evaluate):
+            def evaluated(t, y, *v):
+                notice(t, y)
+                return evaluate(t, y, *v)
+
+            return evaluated
+
+        for name in names:
+            if hasattr(sde, name):
+                setattr(self, name, shown(getattr(sde, name)))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("sde") if "sde" in self._modules else self.__dict__["sde"], name)
+
+
+def _default_method(sde) -> str:
+    """The method that torchsde takes where none is named."""
+    if sde.sde_type == "stratonovich":
+        return "midpoint"
+    return "euler" if sde.noise_type == "general" else "srk"
+
+
+def _levy_area(method: str) -> str:
+    """What a method asks of the Brownian motion, as torchsde makes it."""
+    return {"srk": "space-time", "log_ode": "foster"}.get(method, "none")
+
+
+def _noise_size(sde, t: Tensor, y: Tensor, names: dict) -> int | None:
+    """How many components the noise has, None where g does not tell."""
+    if sde.noise_type in ("diagonal", "scalar"):
+        return y.shape[1] if sde.noise_type == "diagonal" else 1
+    g = getattr(sde, names.get("diffusion", "g"), None)
+    both = getattr(sde, names.get("drift_and_diffusion", "f_and_g"), None)
+    if g is None and both is None:
+        return None
+    devices = [y.device] if y.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):  # whoever draws next shall not notice
+        return (g(t, y) if g is not None else both(t, y)[1]).shape[-1]
