@@ -1,21 +1,39 @@
 """Penalties that make differential equations cheaper to solve."""
 
 from .attach import attach
-from .base import Regularizer
+from .base import Regularizer, Sum
+from .derivative import JacobianFrobenius, KineticEnergy, TaylorDerivative
 from .recorded import record
 from .schedules import constant, cosine, exponential, linear
 from .solver import GlobalError, GlobalStiffness, LocalError, LocalStiffness
+from .temporal import Steer
 
-# Every penalty by name: the tests run over it, and so does the command line.
-REGULARIZERS = {cls.__name__: cls for cls in (GlobalError, GlobalStiffness, LocalError, LocalStiffness)}
+# Every penalty on a solution by name: the tests run over it. `Steer` is none: it acts on solves.
+REGULARIZERS = {
+    cls.__name__: cls
+    for cls in (
+        GlobalError,
+        GlobalStiffness,
+        LocalError,
+        LocalStiffness,
+        TaylorDerivative,
+        KineticEnergy,
+        JacobianFrobenius,
+    )
+}
 
 __all__ = [
     "REGULARIZERS",
     "GlobalError",
     "GlobalStiffness",
+    "JacobianFrobenius",
+    "KineticEnergy",
     "LocalError",
     "LocalStiffness",
     "Regularizer",
+    "Steer",
+    "Sum",
+    "TaylorDerivative",
     "attach",
     "constant",
     "cosine",

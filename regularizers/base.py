@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import math
+import numbers
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +27,8 @@ class Regularizer(nn.Module, abc.ABC):
 
     A layer that is called several times in one forward pass holds its last solution, and only that one is penalized.
 
-    `step()` advances the schedule; `state_dict()` keeps its position.
+    `step()` advances the schedule; `state_dict()` keeps its position. Penalties can be added and multiplied by numbers:
+    see `Sum`.
 
     Attributes:
         local: whether one step at a sampled time is all that it looks at, so that solves of other libraries will do.
@@ -67,6 +70,31 @@ class Regularizer(nn.Module, abc.ABC):
         """
         return self.weight * sum(self._mean(solution) for solution in solutions(source))
 
+    def prepare(self, model: nn.Module) -> Regularizer:
+        """Lets the penalty act on the solves of a model's layers; only `Steer` does, the others look at solutions.
+
+        Args:
+            model: a layer, or a model with layers inside.
+
+        Returns:
+            The penalty itself.
+        """
+        return self
+
+    def __add__(self, other: Regularizer) -> Sum:
+        if not isinstance(other, Regularizer):
+            return NotImplemented
+        return Sum([self, other])
+
+    def __radd__(self, other: int) -> Sum:
+        # sum([a, b]) begins with 0 + a.
+        return Sum([self]) if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __mul__(self, factor: float) -> Sum:
+        return Sum([self], [factor]) if isinstance(factor, numbers.Real) else NotImplemented
+
+    __rmul__ = __mul__
+
     def _mean(self, solution: Solution | Recorded) -> Tensor:
         if isinstance(solution, Recorded) and not self.local:
             raise TypeError(
@@ -86,6 +114,61 @@ class Regularizer(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """The weight as it is now."""
         return f"weight={self.weight:.6g}"
+
+
+class Sum(Regularizer):
+    """Penalties added: `penalty = a + b`, `0.1 * a + b`, `sum([a, b, c])`.
+
+    Its value is the sum of theirs, each taken as it would be alone. `step()` advances the schedule of every one of
+    them, once; they stay the objects that they were, and `state_dict()` has them under `parts`.
+
+    Args:
+        parts: the penalties. Those of a sum are taken out of it.
+        factors: what each is multiplied by, beside its own weight; None for 1.
+
+    Raises:
+        TypeError: a part is no `Regularizer`. ValueError: no parts, or a factor that is not finite.
+    """
+
+    def __init__(self, parts: list[Regularizer], factors: list[float] | None = None):
+        super().__init__()
+        factors = [1.0] * len(parts) if factors is None else [float(x) for x in factors]
+        if not parts or len(parts) != len(factors):
+            raise ValueError(f"a sum needs parts, and a factor for each, got {len(parts)} and {len(factors)}")
+        if not all(isinstance(part, Regularizer) for part in parts):
+            raise TypeError(f"parts must be penalties, got {', '.join(type(part).__name__ for part in parts)}")
+        if not all(map(math.isfinite, factors)):
+            raise ValueError(f"factors of penalties must be finite, got {factors}")
+        self.parts, self.factors = nn.ModuleList(), []
+        for part, factor in zip(parts, factors, strict=True):
+            inner = zip(part.parts, part.factors, strict=True) if isinstance(part, Sum) else [(part, 1.0)]
+            for one, its in inner:
+                self.parts.append(one)
+                self.factors.append(factor * its)
+
+    def figure(self, solution: Solution) -> Tensor:
+        """Σ factor · weight · figure of the parts, [batch]."""
+        return sum(c * part.weight * part.figure(solution) for c, part in zip(self.factors, self.parts, strict=True))
+
+    def forward(self, source: Solution | Recorded | nn.Module | list) -> Tensor:
+        """Σ factor · penalty; see `Regularizer.forward`."""
+        return sum(c * part(source) for c, part in zip(self.factors, self.parts, strict=True))
+
+    def step(self) -> None:
+        """Advances every part's schedule."""
+        super().step()
+        for part in {id(part): part for part in self.parts}.values():
+            part.step()
+
+    def prepare(self, model: nn.Module) -> Sum:
+        """See `Regularizer.prepare`."""
+        for part in self.parts:
+            part.prepare(model)
+        return self
+
+    def extra_repr(self) -> str:
+        """The factors; the parts have their own lines."""
+        return f"factors={self.factors}"
 
 
 def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution | Recorded]:

@@ -32,16 +32,22 @@ NAMES = list(reg.REGULARIZERS)
 EVERY = pytest.mark.parametrize("penalty", reg.REGULARIZERS.values(), ids=NAMES)
 GLOBAL = [reg.GlobalError, reg.GlobalStiffness]
 LOCAL = [reg.LocalError, reg.LocalStiffness]
+ALONG = [reg.TaylorDerivative, reg.KineticEnergy, reg.JacobianFrobenius]
 ADJOINT = pytest.mark.parametrize("adjoint", ADJOINTS)
 CONTROL = pytest.mark.parametrize("control", CONTROLS)
-# The figures of the solve's own steps have no gradients under a continuous adjoint.
+
+
+def able(penalty):
+    """The adjoints under which a penalty has gradients.
+
+    The figures of the solve's own steps have none under a continuous adjoint, nor have states that were not kept.
+    """
+    return EXACT if penalty in GLOBAL else DENSE if penalty in ALONG else ADJOINTS
+
+
 PENALTY_AND_ADJOINT = pytest.mark.parametrize(
     ("penalty", "adjoint"),
-    [
-        pytest.param(cls, a, id=f"{n}-{a}")
-        for n, cls in reg.REGULARIZERS.items()
-        for a in (EXACT if cls in GLOBAL else ADJOINTS)
-    ],
+    [pytest.param(cls, a, id=f"{n}-{a}") for n, cls in reg.REGULARIZERS.items() for a in able(cls)],
 )
 BATCH = 4
 
@@ -237,7 +243,8 @@ def test_a_batch_in_which_every_sample_fails_has_no_penalty(penalty, adjoint):
     w = torch.tensor(1.0, requires_grad=True)
     f = nde.ODE(lambda t, z: torch.sqrt(w * z))
     solution = nde.solve(f, -torch.ones(3, 1), (0.0, 1.0), on_failure="ignore", adjoint=adjoint)
-    variants = [{}, {"sampling": "biased"}] if penalty in LOCAL else [{"reduce": r} for r in ("sum", "mean", "max")]
+    reductions = ("sum", "mean", "max") if penalty in GLOBAL else ("sum", "mean")
+    variants = [{}, {"sampling": "biased"}] if penalty in LOCAL else [{"reduce": r} for r in reductions]
     for given in variants:
         assert seeded(penalty, **given)(solution) == 0.0
 
@@ -246,6 +253,9 @@ def test_bad_options():
     for cls in GLOBAL:
         with refused(ValueError, "reduce", "'sum'", "'mean'", "'max'"):
             cls(reduce="median")
+    for cls in ALONG:
+        with refused(ValueError, "reduce", "'sum'", "'mean'"):
+            cls(reduce="max")
     for cls in LOCAL:
         with refused(ValueError, "sampling", "'unbiased'", "'biased'"):
             cls(sampling="random")
@@ -563,7 +573,7 @@ def test_gradients_agree_between_adjoints(penalty, control):
         return torch.autograd.grad(loss, [z0, *f.parameters()])
 
     expected = gradients("direct")
-    for adjoint in EXACT if penalty in GLOBAL else ADJOINTS:
+    for adjoint in able(penalty):
         for a, b in zip(gradients(adjoint), expected, strict=True):
             close(a, b, 1e-8 if adjoint in EXACT else 1e-4)
 

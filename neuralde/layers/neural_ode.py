@@ -30,6 +30,8 @@ class NeuralODE(nn.Module):
 
     Attributes:
         solution: the `Solution` of the last call, or None. It holds that call's graph until the next one.
+        draw_times: None; or a function from the times of a solve to those that it is made with while the layer is in
+            training mode, as `regularizers.Steer` sets it.
 
     Raises:
         TypeError: an option that `solve` doesn't have.
@@ -47,6 +49,7 @@ class NeuralODE(nn.Module):
         self.t = t
         self.solve_options = solve_options
         self.solution: Solution | None = None
+        self.draw_times: Callable | None = None
         methods = {"solver": "tsit5", "control": "per_sample", "adjoint": "checkpointed", "dt0": None}
         self._solver, *_ = chosen(**{name: solve_options.get(name, x) for name, x in methods.items()})
         solver = solve_options.get("solver")
@@ -92,7 +95,10 @@ class NeuralODE(nn.Module):
         """
         self.solution = None  # lets go of the last call's graph before this one's is built
         self._refuse_mixing()
-        self.solution = solve(self.equation, z0, self.t if t is None else t, args=args, **self.solve_options)
+        t = self.t if t is None else t
+        if self.training and self.draw_times is not None:
+            t = self.draw_times(t)
+        self.solution = solve(self.equation, z0, t, args=args, **self.solve_options)
         return self.solution
 
     def trajectory(self, z0, ts, args=None):
