@@ -1,4 +1,6 @@
-"""What every test starts from."""
+"""What every test starts from, and which tests the ordinary run has."""
+
+import collections
 
 import matplotlib
 import pytest
@@ -24,7 +26,31 @@ _LIKE_BACKSOLVE = ("interpolating", "quadrature")
 
 
 def pytest_collection_modifyitems(items):
+    tests = collections.defaultdict(list)
     for item in items:
-        adjoint = getattr(item, "callspec", None) and item.callspec.params.get("adjoint")
-        if adjoint in _LIKE_BACKSOLVE and item.path.name != "test_continuous_adjoints.py":
+        if getattr(item, "callspec", None) is not None:
+            tests[item.path, item.cls, item.originalname].append(item)
+    for combinations in tests.values():
+        for item in _every_other(combinations):
             item.add_marker(pytest.mark.slow)
+        for item in combinations:
+            alike = item.callspec.params.get("adjoint") in _LIKE_BACKSOLVE
+            if alike and item.path.name != "test_continuous_adjoints.py":
+                item.add_marker(pytest.mark.slow)
+
+
+def _every_other(combinations):
+    """Half of the combinations of three and more parameters: the other half meets every pair of their values.
+
+    (Whatever two of them are, a third one has values of both parities.)
+    """
+    places = [0] * len(combinations)
+    several = 0
+    for mark in combinations[0].iter_markers("parametrize"):
+        names = mark.args[0]
+        name = names.split(",")[0].strip() if isinstance(names, str) else names[0]
+        values = [id(item.callspec.params[name]) for item in combinations]
+        order = {value: i for i, value in enumerate(dict.fromkeys(values))}
+        several += len(order) > 1
+        places = [place + order[value] for place, value in zip(places, values, strict=True)]
+    return [item for item, place in zip(combinations, places, strict=True) if several >= 3 and place % 2]
