@@ -215,6 +215,8 @@ def test_biased_is_a_step_of_theirs(function, method):
 def test_gradients_against_finite_differences(method, function, sampling):
     f = Net()
     solved(adapter, function, f, method=method)
+    while float(getattr(adapter, function).solution.place("biased").t) == 0.0:  # whose error may be rounding
+        solved(adapter, function, f, method=method)
     solution = getattr(adapter, function).solution
     direction = [torch.randn_like(p) for p in f.parameters()]
     for penalty in (reg.LocalError(sampling, scaled=False), reg.LocalStiffness(sampling)):
