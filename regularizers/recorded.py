@@ -31,8 +31,9 @@ def record(generator: torch.Generator | None = None) -> Iterator[list[Recorded]]
     seen is one entry, in order. A penalty of the list is the sum over its entries.
 
     Args:
-        generator: where the sampled times come from. None: a stream of their own, which starts at torch.manual_seed's
-            seed and leaves torch's, numpy's and Python's random numbers as they were.
+        generator: where the sampled times come from. None: from that of a recording around this one, else from a
+            stream of their own, which starts at torch.manual_seed's seed and leaves the random numbers of torch, NumPy
+            and Python as they were.
     """
     solutions: list[Recorded] = []
     token = _OPEN.set((*_OPEN.get(), (solutions, generator)))
@@ -58,8 +59,7 @@ _STREAM = _Stream()
 
 def draws() -> random.Random:
     """Random numbers for one solve, which take none away from whoever else draws some."""
-    opened = _OPEN.get()
-    generator = opened[-1][1] if opened else None
+    generator = next((given for _, given in reversed(_OPEN.get()) if given is not None), None)
     if generator is None:
         if _STREAM.generator is None or _STREAM.generator.initial_seed() != torch.initial_seed():
             _STREAM.generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -105,6 +105,7 @@ class Recorded:
 
     def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], like: Tensor):
         self.source, self._places, self._lens = source, places, lens
+        self._states = {}  # what a place's state is as a constant: some are made when they are asked for
         self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
         kind = like.device.type
         enabled = torch.is_autocast_enabled(kind)
@@ -142,7 +143,12 @@ class Recorded:
         """
         place = self.place(sampling)
         with self._as_it_was():
-            z = place.state(through_state)
+            if through_state:
+                z = place.state(True)
+            else:
+                if sampling not in self._states:
+                    self._states[sampling] = place.state(False)
+                z = self._states[sampling]
             leaves = torch.utils._pytree.tree_leaves(z)
             if not all(bool(torch.isfinite(x).all()) for x in leaves):
                 raise NonFiniteState(f"the solution of {self.source} is not finite at t = {float(place.t):.6g}")
@@ -189,6 +195,7 @@ class Passing:
         Args:
             t, dt: its start and (positive) size, a number each. z: the state at its start.
         """
+        t, dt = (x.detach() if isinstance(x, Tensor) else x for x in (t, dt))
         self._count += 1
         if self._drawn.random() * self._count < 1.0:
             self.uniform = t, z, dt

@@ -115,7 +115,7 @@ class Steer(Regularizer):
 
     def figure(self, solution: Solution) -> Tensor:
         """Zeros, [batch]."""
-        return solution.ts.new_zeros(len(solution.status)).detach()
+        return torch.zeros(len(solution.converged), device=solution.converged.device)
 
     def forward(self, source: Solution | nn.Module) -> Tensor:
         """0, and `prepare` for a model.

@@ -1,0 +1,341 @@
+"""torchdyn's layers after `regularizers.attach`: their results to the bit, what a penalty takes, and another engine."""
+
+# ruff: noqa: NPY002  (torchsde draws its seeds from numpy's global generator)
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import close, refused
+from torch import nn
+
+import neuralde as nde
+import regularizers as reg
+
+# torchdyn takes seconds to import: only where these tests run.
+core = pytest.importorskip("torchdyn.core")
+layers = pytest.importorskip("torchdyn.nn")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting tolerances has no effect"),
+    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
+]
+SOLVERS = ["dopri5", "tsit5", "rk4", "euler"]
+SENSITIVITIES = ["autograd", "adjoint", "interpolated_adjoint"]
+SPANS = {
+    "forwards": torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64),
+    "backwards": torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64),
+}
+
+
+@pytest.fixture(autouse=True)
+def _times():
+    """The same sampled times in every run, whatever ran before."""
+    with reg.record(torch.Generator().manual_seed(0)):
+        yield
+
+
+def layer(solver="dopri5", sensitivity="autograd", control=False, **how):
+    """A NeuralODE with something to regularize, and data control where asked for."""
+    torch.manual_seed(0)
+    first = layers.DataControl() if control else layers.DepthCat(1)
+    f = nn.Sequential(first, nn.Linear(4 if control else 3, 12), nn.Tanh(), nn.Linear(12, 2))
+    for p in f.parameters():
+        p.data *= 1.5
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it wraps f
+        made = core.NeuralODE(f, solver=solver, sensitivity=sensitivity, **{"atol": 1e-4, "rtol": 1e-4} | how)
+    return made.double()
+
+
+def start():
+    return torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def gradients(value, model):
+    return torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+
+
+def same(one, other):
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("direction", SPANS)
+@pytest.mark.parametrize("sensitivity", SENSITIVITIES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_bit_for_bit(solver, sensitivity, direction):
+    span, ours, theirs = SPANS[direction], reg.attach(layer(solver, sensitivity)), layer(solver, sensitivity)
+    t, zs = ours(start(), span)
+    t_theirs, zs_theirs = theirs(start(), span)
+    assert torch.equal(t, t_theirs) and torch.equal(zs, zs_theirs) and ours.vf.nfe == theirs.vf.nfe
+    assert same(gradients(zs[-1].square().sum(), ours), gradients(zs_theirs[-1].square().sum(), theirs))
+    for sampling in ("unbiased", "biased"):
+        place = ours.solution.place(sampling)
+        assert 0 <= float(place.t) <= 1 and float(place.dt) * float(span[-1] - span[0]) > 0
+        found = [g for g in gradients(reg.LocalError(sampling)(ours), ours) if g is not None]
+        assert found and all(bool(g.isfinite().all()) for g in found) and any(bool(g.any()) for g in found)
+    # Their solution, with one more output time where the step begins that is made up to it.
+    at = ours.solution.place("unbiased")
+    low, high = span[span <= at.t].max(), span[span > at.t].min()
+    if solver in ("rk4", "euler"):
+        between = [low, at.t] if direction == "forwards" else [high, at.t]
+        before = zs_theirs[int((span == between[0]).nonzero())]
+        close(at.state(False), theirs.trajectory(before, torch.stack(between))[-1], 1e-12)
+    else:
+        exact = nde.solve(nde.ODE(theirs.vf), start(), torch.stack([span[0], at.t]), control="joint", rtol=1e-10).final
+        close(at.state(False), exact, 2e-3)
+
+
+def test_biased_is_a_step_of_theirs():
+    ours, seen = reg.attach(layer("tsit5")), []
+    step = ours.solver.step
+    ours.solver.step = lambda f, x, t, dt, **how: seen.append((t.item(), dt.item())) or step(f, x, t, dt, **how)
+    ours(start(), SPANS["forwards"])
+    for solver in ("tsit5", "dopri5"):
+        ours = reg.attach(layer(solver, interpolator="4th" if solver == "dopri5" else None))
+        ours(start(), SPANS["forwards"])
+        place = ours.solution.place("biased")
+        if solver == "tsit5":
+            assert (float(place.t), float(place.dt)) in seen
+        ratio = reg.LocalError("biased").look(ours.solution).error
+        assert ratio.shape == (6,) and bool((ratio > 0).all()) and bool((ratio <= 1 + 1e-9).all())
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_gradients_against_finite_differences(sensitivity):
+    ours = reg.attach(layer(sensitivity=sensitivity))
+    ours(start(), SPANS["forwards"])
+    while float(ours.solution.place("biased").t) == 0.0:  # the first step is so small that its error is rounding
+        ours(start(), SPANS["forwards"])
+    solution, parameters = ours.solution, list(ours.vf.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    for penalty in (reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness()):
+        found = torch.autograd.grad(penalty(ours), parameters, allow_unused=True)
+        slope = sum((g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None)
+
+        def moved(by, penalty=penalty):
+            with torch.no_grad():
+                for p, d in zip(parameters, direction, strict=True):
+                    p += by * d
+                value = penalty(solution)
+                for p, d in zip(parameters, direction, strict=True):
+                    p -= by * d
+            return value
+
+        step = 1e-4
+        close(slope, (8 * (moved(step) - moved(-step)) - moved(2 * step) + moved(-2 * step)) / (12 * step), 1e-6)
+
+
+def test_gradients_through_the_state():
+    x = start().requires_grad_()
+    ours = reg.attach(layer())
+    ours(x, SPANS["forwards"])
+    whole = reg.LocalError(through_state=True)(ours)
+    assert bool(torch.autograd.grad(whole, x, retain_graph=True)[0].any())
+    assert torch.autograd.grad(reg.LocalError()(ours), x, allow_unused=True)[0] is None
+    ours = reg.attach(layer(sensitivity="adjoint"))
+    ours(x, SPANS["forwards"])
+    with refused(ValueError, "through_state=True", "adjoint", "autograd"):
+        reg.LocalError(through_state=True)(ours)
+
+
+def test_data_control_of_an_earlier_call():
+    """A layer's control belongs to the call, and is there again when its penalty is taken."""
+    ours = reg.attach(layer(control=True, return_t_eval=False))
+    with reg.record() as solutions:
+        ours(start(), SPANS["forwards"])
+        first = reg.LocalError()(solutions[0])
+        ours(start()[:3], SPANS["forwards"])
+    control = ours.vf.vf.vf[0]._control
+    assert torch.equal(reg.LocalError()(solutions[0]), first)
+    assert ours.vf.vf.vf[0]._control is control
+
+
+def test_models():
+    inner = layer(return_t_eval=False)
+    model = nn.Sequential(nn.Linear(2, 2).double(), inner, nn.Flatten(0), nn.Unflatten(0, (2, 6, 2)))
+    with refused(ValueError, "attach"):
+        reg.LocalError()(model)
+    assert reg.attach(reg.attach(model)) is model
+    with refused(ValueError, "call the model"):
+        reg.LocalError()(model)
+    mixed = nn.ModuleList([model, nde.NeuralODE(nn.Linear(2, 2).double())])
+    reg.attach(mixed)
+    mixed[1](start())
+    model(start())
+    penalty = reg.LocalError("biased", generator=None)
+    torch.manual_seed(0)
+    both = penalty(mixed)
+    torch.manual_seed(0)
+    assert torch.equal(both, penalty(model) + penalty(mixed[1]))
+    # In eval mode and without gradients: no penalty.
+    model.eval()
+    model(start())
+    assert float(penalty(model)) == 0.0
+    model.train()
+    with torch.no_grad():
+        model(start())
+    assert float(penalty(model)) == 0.0
+    # What is drawn elsewhere, and what a copy has.
+    model(start())
+    other = pickle.loads(pickle.dumps(model))
+    assert other[1].solution is None
+    before = model[1].solution
+    assert torch.equal(other(start()), model(start())) and other[1].solution is not None
+    assert other[1].solution is not before
+    assert set(model.state_dict()) == set(other.state_dict())
+
+
+def test_trajectories_and_shared_solvers():
+    a, b = reg.attach(layer()), layer()
+    b.solver = a.solver
+    zs = a.trajectory(start(), SPANS["forwards"])
+    assert torch.equal(zs, layer().trajectory(start(), SPANS["forwards"]))
+    assert bool(reg.LocalError(through_state=True)(a) > 0)
+    assert a.solver is b.solver and "solver" not in a.__dict__
+    solution = a.solution
+    b(start(), SPANS["forwards"])
+    assert a.solution is solution and not hasattr(b, "solution")
+
+
+def test_what_a_black_box_cannot_give_and_the_engine_that_can():
+    x, span = start(), torch.linspace(0, 1, 4, dtype=torch.float64)
+    for solver, tolerance in (("dopri5", 1e-4), ("tsit5", 1e-4), ("euler", 1e-12)):
+        model = reg.attach(nn.Sequential(layer(solver, return_t_eval=False)))
+        theirs = model[0](x, span)
+        with refused(TypeError, "GlobalError", "NeuralODE", 'attach(model, engine="neuralde")'):
+            reg.GlobalError()(model)
+        reg.attach(model, engine="neuralde")
+        ours = model[0](x, span)
+        close(ours, theirs, tolerance)
+        assert isinstance(model[0].solution, nde.Solution)
+        if solver != "euler":
+            found = gradients(reg.GlobalError()(model) + reg.GlobalStiffness()(model), model)
+            assert any(bool(g.any()) for g in found if g is not None)
+        assert pickle.loads(pickle.dumps(model))[0].solution is None
+        reg.attach(model)
+        assert torch.equal(model[0](x, span), theirs)
+
+
+def test_the_engines_options():
+    model, x = layer("tsit5", "adjoint"), start()
+    reg.attach(model, engine="neuralde", control="per_sample", rtol=1e-8, atol=1e-8)
+    t, zs = model(x, SPANS["backwards"])
+    assert torch.equal(t, SPANS["backwards"]) and model.solution.rtol == 1e-8 and model.solution.control.per_sample
+    exact = layer("tsit5", atol=1e-9, rtol=1e-9)(x, SPANS["backwards"])[1]
+    close(zs, exact, 1e-6)
+    reg.GlobalStiffness()(model).backward()
+    with refused(TypeError, "nonsense"):
+        reg.attach(model, engine="neuralde", nonsense=1)
+    with refused(ValueError, "engine", "'julia'"):
+        reg.attach(model, engine="julia")
+    with refused(ValueError, "rtol", "engine"):
+        reg.attach(model, rtol=1e-3)
+    with refused(ValueError, "torchdyn", "regularizers.torchdiffeq"):
+        reg.attach(nn.Linear(2, 2))
+    with refused(TypeError, "Module", "int"):
+        reg.attach(3)
+
+
+def test_classification_tutorial():
+    """Two rings, a data-controlled NeuralODE with the adjoint, and a linear layer: torchdyn's first tutorial."""
+
+    def trained(attached):
+        torch.manual_seed(0)
+        angle = torch.rand(64) * 6.3
+        y = torch.arange(64) % 2
+        x = torch.stack([angle.cos(), angle.sin()], dim=1) * (1.0 + y)[:, None]
+        f = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        with contextlib.redirect_stdout(io.StringIO()):
+            ode = core.NeuralODE(f, sensitivity="adjoint", solver="dopri5", atol=1e-3, rtol=1e-3)
+        model = nn.Sequential(ode, nn.Linear(2, 2))
+        penalty = reg.LocalStiffness(weight=0.1) if attached else None
+        if attached is not None:
+            reg.attach(model)
+        descent = torch.optim.Adam(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(3):
+            _, zs = model[0](x, torch.linspace(0, 1, 2))
+            loss = nn.functional.cross_entropy(model[1](zs[-1]), y)
+            losses.append(float(loss))
+            if penalty is not None:
+                extra = penalty(model)
+                assert bool(extra > 0)
+                loss = loss + extra
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
+        return losses
+
+    plain, watched, regularized = trained(None), trained(False), trained(True)
+    assert plain == watched and regularized[0] == plain[0] and regularized[-1] != plain[-1]
+
+
+@pytest.fixture
+def _neural_sde(monkeypatch):
+    """NeuralSDE as its own code means it: in torchdyn 1.0.6 its base class can't be made."""
+
+    def init(self, func, order, sensitivity, s_span, solver, atol, rtol):
+        nn.Module.__init__(self)
+        self.defunc, self.order, self.sensitivity, self.s_span = func, order, sensitivity, s_span
+        self.solver, self.atol, self.rtol = solver, atol, rtol
+
+    problems = pytest.importorskip("torchdyn.core.problems")
+    monkeypatch.setattr(problems.SDEProblem, "__init__", init)
+
+
+class WithArgs(nn.Module):
+    """torchdyn's SDEFunc hands on an argument that no layer of torch's takes."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, args):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_neural_sde_tutorial(_neural_sde, sensitivity):
+    """A NeuralSDE with diagonal noise between two linear layers: torchdyn's tutorial on them."""
+
+    def trained(weight):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        drift, diffusion = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), nn.Linear(2, 2)
+        sde = core.NeuralSDE(
+            WithArgs(drift), WithArgs(diffusion), "diagonal", "ito", sensitivity=sensitivity, solver="euler", ds=0.05
+        )
+        model = nn.Sequential(sde, nn.Linear(2, 1))
+        if weight is not None:
+            reg.attach(model)
+        penalty, x = reg.LocalError(weight=weight or 0.0, scaled=False), torch.randn(16, 2)
+        descent, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
+        for _ in range(3):
+            loss = (model(x) - x.prod(dim=1, keepdim=True)).square().mean()
+            losses.append(float(loss))
+            descent.zero_grad()
+            if weight:
+                extra = penalty(model)
+                assert bool(extra > 0)
+                loss = loss + extra
+            loss.backward()
+            descent.step()
+        return losses, model
+
+    plain, (watched, model), (regularized, _) = trained(None)[0], trained(0.0), trained(1.0)
+    assert plain == watched and regularized[0] == plain[0] and regularized[-1] != plain[-1]
+    model(start().float())
+    place = model[0].solution.place("biased")
+    assert abs(float(place.dt) - 0.05) < 1e-3
+    with refused(ValueError, "NeuralSDE", "engine='neuralde'"):
+        reg.attach(model, engine="neuralde")
+    path = model[0].trajectory(start().float(), torch.linspace(0, 1, 3))
+    assert path.shape == (3, 6, 2) and bool(reg.LocalError(through_state=True)(model) > 0)
+    model.eval()
+    model(start().float())
+    assert float(reg.LocalError()(model)) == 0.0

@@ -1,0 +1,292 @@
+"""torchsde's functions from `regularizers.torchsde`: its results to the bit, and what a penalty takes of them."""
+
+# ruff: noqa: NPY002  (torchsde draws its seeds from numpy's global generator)
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchsde
+from helpers import close, refused
+from torch import nn
+
+import regularizers as reg
+from regularizers import torchsde as adapter
+
+FUNCTIONS = ["sdeint", "sdeint_adjoint"]
+FUNCTION = pytest.mark.parametrize("function", FUNCTIONS)
+SAMPLING = pytest.mark.parametrize("sampling", ["unbiased", "biased"])
+# (sde_type, noise_type, method); None is torchsde's choice.
+CASES = [
+    ("ito", "diagonal", None),
+    ("ito", "diagonal", "euler"),
+    ("ito", "diagonal", "milstein"),
+    ("ito", "additive", "srk"),
+    ("ito", "scalar", "milstein"),
+    ("ito", "general", "euler"),
+    ("stratonovich", "diagonal", "midpoint"),
+    ("stratonovich", "diagonal", "euler_heun"),
+    ("stratonovich", "scalar", "heun"),
+    ("stratonovich", "general", "log_ode"),
+]
+CASE = pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, case)) for case in CASES])
+TS = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _times():
+    """The same sampled times in every run, whatever ran before."""
+    with reg.record(torch.Generator().manual_seed(0)):
+        yield
+
+
+class SDE(nn.Module):
+    """Drift and diffusion of any noise type, and a count of their evaluations."""
+
+    def __init__(self, sde_type="ito", noise_type="diagonal", d=3, m=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.sde_type, self.noise_type, self.d = sde_type, noise_type, d
+        self.m = {"diagonal": 1, "scalar": 1}.get(noise_type, m)
+        self.drift, self.noise = nn.Linear(d, d).double(), nn.Linear(d, d * self.m).double()
+        self.calls = 0
+
+    def f(self, t, y):
+        self.calls += 1
+        return torch.tanh(self.drift(y)) * torch.cos(t)
+
+    def g(self, t, y):
+        self.calls += 1
+        y = torch.zeros_like(y) if self.noise_type == "additive" else y
+        g = 0.3 * torch.sigmoid(self.noise(y)) * (1 + t)
+        return g if self.noise_type == "diagonal" else g.reshape(len(y), self.d, self.m)
+
+    def h(self, t, y):
+        return -y
+
+    def drifting(self, t, y):
+        return 0.5 * self.f(t, y)
+
+
+def start():
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def solved(module, function, sde, ts=TS, **how):
+    """(outputs, gradients, the next random numbers of torch and numpy) by a function of torchsde or of the adapter."""
+    np.random.seed(1)
+    torch.manual_seed(2)
+    sde.calls = 0
+    out = getattr(module, function)(sde, start(), ts, **{"dt": 0.1, **how})
+    out = out if isinstance(out, tuple) else (out,)
+    loss = sum(x[-1].square().sum() for x in out if isinstance(x, torch.Tensor))
+    gradients = torch.autograd.grad(loss, list(sde.parameters()))
+    return [*out, *gradients, torch.rand(2), torch.tensor(np.random.rand(2))]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, torch.Tensor)
+    )
+
+
+@FUNCTION
+@CASE
+def test_bit_for_bit(case, function):
+    kind, noise, method = case
+    sde = SDE(kind, noise)
+    theirs, calls = solved(torchsde, function, sde, method=method), sde.calls
+    ours = solved(adapter, function, sde, method=method)
+    assert same(ours, theirs)
+    # How many components the noise has is asked of g, once, where its type does not tell.
+    assert sde.calls == calls + (noise in ("general", "additive"))
+    solution = getattr(adapter, function).solution
+    place = solution.place("unbiased")
+    times = torch.cat([TS, place.t[None]]).unique()
+    with torch.no_grad():  # the same path, asked for the same steps
+        np.random.seed(1)
+        torch.manual_seed(2)
+        expected = torchsde.sdeint(sde, start(), times, dt=0.1, method=method)[times == place.t][0]
+    close(place.state(False), expected, 1e-12)
+    for sampling in ("unbiased", "biased"):
+        assert 0 < float(solution.place(sampling).dt) <= 0.1 + 1e-12
+        gradient = torch.autograd.grad(reg.LocalError(sampling)(solution), list(sde.drift.parameters()))
+        assert all(bool(g.isfinite().all()) for g in gradient) and bool(gradient[0].abs().sum() > 0)
+
+
+@FUNCTION
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"adaptive": True, "rtol": 1e-2, "atol": 1e-2},
+        {"logqp": True, "method": "euler"},
+        {"extra": True, "method": "euler"},
+        {"bm": "given", "method": "milstein", "options": {"grad_free": True}},
+        {"names": {"drift": "drifting"}, "method": "euler"},
+    ],
+    ids=["adaptive", "logqp", "extra", "bm", "names"],
+)
+def test_arguments(how, function):
+    sde = SDE()
+
+    def arguments():
+        if how.get("bm") is None:
+            return how
+        return how | {"bm": torchsde.BrownianInterval(0.0, 1.0, size=(5, 3), dtype=torch.float64, entropy=4)}
+
+    theirs, calls = solved(torchsde, function, sde, **arguments()), sde.calls
+    assert same(solved(adapter, function, sde, **arguments()), theirs) and sde.calls == calls
+    solution = getattr(adapter, function).solution
+    for sampling in ("unbiased", "biased"):
+        assert 0 <= float(solution.place(sampling).t) <= 1 and bool(reg.LocalError(sampling)(solution) > 0)
+
+
+@pytest.mark.filterwarnings("ignore:Numerical solution is not guaranteed")
+def test_adaptive_steps_are_theirs():
+    """The accepted steps follow each other, and their error by the path that was taken is at most 1."""
+    sde, how = SDE(), {"adaptive": True, "rtol": 1e-3, "atol": 1e-3, "dt": 0.5, "method": "euler"}
+    bm = torchsde.BrownianInterval(0.0, 1.0, size=(5, 3), dtype=torch.float64, entropy=4)
+    with reg.record() as solutions:
+        for _ in range(12):
+            adapter.sdeint(sde, start(), TS, bm=bm, **how)
+    steps = sorted({(float(p.t), float(p.dt)) for p in (s.place("biased") for s in solutions)})
+    around = {(float(s.place("unbiased").t), float(s.place("unbiased").dt)) for s in solutions}
+    assert len(steps) > 4 and any(dt < 0.5 for _, dt in steps)
+    # No two accepted steps overlap.
+    assert all(t + dt <= later + 1e-9 for (t, dt), (later, _) in itertools.pairwise(steps))
+    assert {round(dt, 9) for _, dt in around} & {round(dt, 9) for _, dt in steps}
+
+
+@SAMPLING
+@FUNCTION
+@pytest.mark.parametrize("method", ["euler", "srk"])
+def test_gradients_against_finite_differences(method, function, sampling):
+    sde = SDE()
+    solved(adapter, function, sde, method=method)
+    solution, penalty = getattr(adapter, function).solution, reg.LocalError(sampling)
+    parameters = list(sde.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    slope = sum(
+        (g * d).sum() for g, d in zip(torch.autograd.grad(penalty(solution), parameters), direction, strict=True)
+    )
+
+    def moved(by):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p += by * d
+            value = penalty(solution)
+            for p, d in zip(parameters, direction, strict=True):
+                p -= by * d
+        return value
+
+    step = 1e-4
+    close(slope, (8 * (moved(step) - moved(-step)) - moved(2 * step) + moved(-2 * step)) / (12 * step), 1e-6)
+
+
+def test_gradients_through_the_state():
+    sde, y0 = SDE(), start().requires_grad_()
+    adapter.sdeint(sde, y0, TS, dt=0.1, method="euler")
+    solution = adapter.sdeint.solution
+    whole = reg.LocalError(through_state=True)(solution)
+    assert bool(torch.autograd.grad(whole, y0)[0].abs().sum() > 0)
+    assert torch.autograd.grad(reg.LocalError()(solution), y0, allow_unused=True)[0] is None
+    adapter.sdeint_adjoint(sde, y0, TS, dt=0.1, method="euler")
+    with refused(ValueError, "through_state=True", "sdeint_adjoint"):
+        reg.LocalError(through_state=True)(adapter.sdeint_adjoint.solution)
+
+
+def test_what_a_black_box_cannot_give():
+    sde = SDE("stratonovich")
+    solved(adapter, "sdeint", sde, method="heun")
+    with refused(ValueError, "stiffness", "LocalError"):
+        reg.LocalStiffness()(adapter.sdeint.solution)
+    with refused(TypeError, "GlobalError", "LocalError"):
+        reg.GlobalError()(adapter.sdeint.solution)
+    with refused(TypeError, "solver", "Tsit"):
+        reg.LocalError(solver=type("Tsit", (), {})())(adapter.sdeint.solution)
+    solved(adapter, "sdeint", sde, method="reversible_heun")
+    with refused(ValueError, "reversible_heun", "midpoint"):
+        reg.LocalError()(adapter.sdeint.solution)
+
+
+@FUNCTION
+def test_in_programs(function):
+    ours, sde = getattr(adapter, function), SDE()
+    assert inspect.signature(ours) == inspect.signature(getattr(torchsde, function))
+    assert pickle.loads(pickle.dumps(ours)) is ours is copy.deepcopy(ours)
+    with torch.no_grad():
+        ours(sde, start(), TS, dt=0.1, method="euler")
+    assert float(reg.LocalError()(ours.solution)) == 0.0
+    sde.eval()
+    with reg.record() as solutions:
+        ours(sde, start(), [0.0, 1.0], dt=0.1, method="euler")
+        ours(sde.train(), start(), [0.0, 1.0], dt=0.1, method="euler")
+    assert float(reg.LocalError()(solutions[0])) == 0.0 and bool(reg.LocalError()(solutions[1]) > 0)
+    for wrong in ({"method": "nonsense"}, {"dt": torch.tensor(0.1, requires_grad=True)}):
+        with pytest.raises(ValueError) as expected:
+            getattr(torchsde, function)(sde, start(), TS, **wrong)
+        with pytest.raises(ValueError) as found:
+            ours(sde, start(), TS, **wrong)
+        assert str(found.value) == str(expected.value)
+
+
+def test_latent_sde():
+    """A latent SDE: an encoder, a posterior and a prior drift, the same noise, and the path's relative entropy."""
+    ts = torch.linspace(0.0, 1.0, 6)
+    xs = torch.stack([torch.sin(4 * ts + shift) for shift in torch.linspace(0, 1, 8)], dim=1)[..., None]
+
+    class Latent(nn.Module):
+        sde_type, noise_type = "ito", "diagonal"
+
+        def __init__(self, sdeint):
+            super().__init__()
+            torch.manual_seed(0)
+            self.sdeint = sdeint
+            self.encoder, self.start = nn.GRU(1, 8), nn.Linear(8, 4)
+            self.posterior = nn.Sequential(nn.Linear(2 + 8, 16), nn.Softplus(), nn.Linear(16, 2))
+            self.prior = nn.Sequential(nn.Linear(2, 16), nn.Softplus(), nn.Linear(16, 2))
+            self.noise, self.decoder = nn.Parameter(torch.zeros(2)), nn.Linear(2, 1)
+
+        def f(self, t, z):
+            return self.posterior(torch.cat([z, self.context], dim=1))
+
+        def h(self, t, z):
+            return self.prior(z)
+
+        def g(self, t, z):
+            return torch.sigmoid(self.noise).expand_as(z)
+
+        def forward(self, xs):
+            _, last = self.encoder(xs.flip(0))
+            self.context = last[0]
+            mean, logs = self.start(self.context).chunk(2, dim=1)
+            z0 = mean + logs.exp() * torch.randn_like(mean)
+            zs, relative_entropy = self.sdeint(self, z0, ts, dt=0.05, logqp=True, method="euler")
+            fit = (self.decoder(zs) - xs).square().mean()
+            return fit + 0.01 * relative_entropy.sum(dim=0).mean() + 0.01 * (mean.square() - logs).mean()
+
+    def trained(sdeint, penalty=None):
+        model, losses = Latent(sdeint), []
+        descent = torch.optim.Adam(model.parameters(), lr=1e-2)
+        np.random.seed(0)
+        torch.manual_seed(1)
+        for _ in range(3):
+            loss = model(xs)
+            losses.append(float(loss))
+            extra = 0.0 if penalty is None else penalty(sdeint.solution)
+            descent.zero_grad()
+            (loss + extra).backward()
+            descent.step()
+        return losses, extra
+
+    for name in FUNCTIONS:
+        ours = trained(getattr(adapter, name))
+        assert ours == trained(getattr(torchsde, name))
+        losses, extra = trained(getattr(adapter, name), reg.LocalError(scaled=False, weight=10.0))
+        assert float(extra) > 0 and losses[0] == ours[0][0] and losses[-1] != ours[0][-1]
