@@ -3,6 +3,7 @@
 from . import adjoints, introspection, solvers
 from ._version import __version__
 from .control import StepControl
+from .diagnose import Diagnosis, diagnose
 from .equations import ODE
 from .errors import (
     MaxStepsReached,
@@ -22,6 +23,7 @@ from .solve import solve
 __all__ = [
     "ODE",
     "AppendTime",
+    "Diagnosis",
     "Event",
     "MaxStepsReached",
     "NeuralDEError",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "adjoints",
     "compile",
+    "diagnose",
     "introspection",
     "probe",
     "solve",

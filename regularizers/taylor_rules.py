@@ -17,9 +17,17 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from neuralde import transforms
+
 from .taylor import Coefficient, NoTaylorRule, Series, made_by_autograd
 
 RULES: dict[str, Callable] = {}
+# What Python's operators call. Conversions to numbers (__float__, __bool__, ...) are none of these: they have no rule.
+_OPERATOR_NAMES = """
+    add radd sub rsub mul rmul matmul rmatmul truediv rtruediv div rdiv pow rpow neg pos abs
+    eq ne lt le gt ge getitem iter len repr format
+"""
+_OPERATORS = {f"__{name}__": name for name in _OPERATOR_NAMES.split()}
 
 
 def apply(func: Callable, args: tuple, kwargs: dict):
@@ -30,7 +38,7 @@ def apply(func: Callable, args: tuple, kwargs: dict):
         return _attribute(func.__self__.__name__, args[0])
     if name == "__set__":
         raise NoTaylorRule(f"an assignment to .{func.__self__.__name__} of a tensor")
-    name = name.strip("_") if name.startswith("__") else name
+    name = _OPERATORS.get(name, name)
     if kwargs.get("out") is not None or kwargs.get("inplace"):
         raise NoTaylorRule(f"{name} with its result in place of another tensor")
     if name not in RULES:
@@ -50,6 +58,11 @@ class Composed(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("layer_norm", "batch_norm", "scaled_dot_product_attention"):
             return RULES[name](func, args, kwargs or {})
+        if name == "detach" and transforms.wrapped(args[0]):
+            raise NotImplementedError(
+                "f detaches what depends on the state, which forward mode takes for a constant in time; take "
+                "mode='taylor'"
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -111,8 +124,9 @@ def _series(operands, value, rule: Callable[[int], Coefficient]) -> Series:
 # -- linear operations ---------------------------------------------------------------------------------------------
 
 _LINEAR = """
-    neg positive negative sum mean cumsum diff trace clone contiguous detach to type float double half bfloat16 cpu cuda
-    type_as view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis
+    neg pos positive negative sum mean cumsum diff trace clone contiguous detach to type float double half bfloat16
+    cpu cuda type_as view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims
+    movedim moveaxis
     t adjoint squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave flip roll rot90
     getitem select narrow index_select gather take take_along_dim masked_select diagonal diag diag_embed tril triu
     unbind split chunk tensor_split split_with_sizes unsafe_chunk hsplit vsplit
@@ -310,7 +324,7 @@ def _einsum(func, args, kwargs):
     return _bilinear(product, operands[where[0]], operands[where[1]])
 
 
-@_made_of("addmm", "addbmm", "baddbmm", "addmv")
+@_made_of("addmm", "baddbmm", "addmv")
 def _addmm(x, a, b, beta=1, alpha=1):
     product = a @ b
     return beta * x + alpha * product
@@ -680,7 +694,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 _CONSTANT = """
     size dim numel nelement ndimension stride element_size is_contiguous is_floating_point is_complex is_same_size
-    get_device result_type len
+    get_device result_type len repr format
     eq ne lt le gt ge equal allclose isclose isnan isinf isfinite isreal logical_not logical_and logical_or any all
     argmax argmin argsort searchsorted bucketize nonzero count_nonzero
     floor ceil round trunc sign sgn heaviside

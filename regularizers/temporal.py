@@ -110,7 +110,7 @@ class Steer(Regularizer):
             what = "less than the horizon" if most == 1.0 else "at most half of every interval between output times"
             raise ValueError(f"b must be {what}, {most * room.min().item():.6g}, got {self.weight:.6g}")
         u = torch.rand(gaps.shape[-1], generator=self.generator, dtype=torch.float64).to(gaps)
-        shift = (2.0 * u - 1.0) * b
+        shift = (2.0 * u - 1.0) * b * gaps.sign()
         return torch.cat([torch.zeros_like(shift[..., :1]), shift], dim=-1)
 
     def figure(self, solution: Solution) -> Tensor:

@@ -67,7 +67,34 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("name", choices=recipe.RECIPES, metavar="NAME", help="of the experiment")
     run.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
     run.set_defaults(run=_run)
+    _add_diagnose(commands)
     return parser
+
+
+def _add_diagnose(commands) -> None:
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="say where a model's solvers work hard, and which penalty or solver that suggests",
+        description=(
+            "Runs a Python file, calls the model that it defines, and prints what its solvers did: evaluations, steps, "
+            "rejections, the hardest samples, stiffness, the share of time in f, and what stands out."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    diagnose.add_argument(
+        "target",
+        type=_target,
+        metavar="FILE.py:MODEL",
+        help="the file, and the name of the model (or of what makes it)",
+    )
+    diagnose.add_argument(
+        "--input",
+        default="x",
+        metavar="NAME",
+        help="what the model is called with, in the file; a tuple is several things",
+    )
+    diagnose.add_argument("--json", action="store_true", help="print JSON on standard output, and nothing else there")
+    diagnose.set_defaults(run=lambda options: _diagnose(diagnose, options))
 
 
 def _add_output(parser: argparse.ArgumentParser, out: str) -> None:
@@ -152,6 +179,55 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     else:
         demo.show(result)
         print("Saved: " + ", ".join(map(str, files)))
+    return 0
+
+
+def _target(text: str) -> tuple[pathlib.Path, str]:
+    path, colon, name = text.rpartition(":")
+    if not colon or not path or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be FILE.py:MODEL, got {text!r}")
+    if not pathlib.Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path!r}")
+    return pathlib.Path(path), name
+
+
+def _diagnose(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    import contextlib
+    import runpy
+
+    path, name = options.target
+    sys.path.insert(0, str(path.resolve().parent))  # what the file imports may stand beside it
+    # What the file prints is not the diagnosis.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            scope = runpy.run_path(str(path), run_name="__diagnosed__")
+        except Exception as error:
+            print(f"{parser.prog}: {path} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+    for wanted in (name, options.input):
+        if wanted not in scope:
+            parser.error(f"{path} defines no {wanted!r}")
+
+    from torch import nn
+
+    from ..diagnose import diagnose
+    from ..errors import NeuralDEError
+
+    model, inputs = scope[name], scope[options.input]
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            if not isinstance(model, nn.Module) and callable(model):
+                model = model()
+            diagnosis = diagnose(model, *inputs, show=False)
+        except (TypeError, ValueError, RuntimeError, NeuralDEError) as error:
+            print(f"{parser.prog}: {name} of {path} can't be diagnosed: {error}", file=sys.stderr)
+            return 1
+    if options.json:
+        json.dump(diagnosis.summary(), sys.stdout, indent=2)
+        print()
+    else:
+        print(diagnosis)
     return 0
 
 
