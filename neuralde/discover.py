@@ -232,7 +232,7 @@ class _Discovery:
     def _step(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure):
         """The step of the lane's method, unjudged."""
         solver, f = lane.tools.solver, lane.tools.f
-        if self.problem.jumps is not None or self.still is not None:
+        if self.problem.jumps is not None or self.still is not None or self.problem.noisy:
             f = self.problem.f(lane.rows, t, lane.m.tensor(lane.signed(s_end), t), still=self.still)
         past = {"past": Past(lane.past_slopes, lane.past_dt)} if solver.history else {}
         return solver.attempt(f, t, dt, lane.z, lane.slope, lane.tools.memory, close=self.close, **past)
@@ -572,6 +572,8 @@ class _Discovery:
         # has no use for it, or has one for the slope at its end as well.
         first = self.solver.parts[0]
         extra = (self.problem.dt0 is None) + (first.fsal or self.close or first.linearizes)
+        if self.problem.noisy:  # the diffusion at both points of the first step's size; no step is closed
+            extra = 3 * (self.problem.dt0 is None)
         parts = [part.tensors(self.like) for part in self.parts]
         hits = self._hits()
         interior = self._interior(len(self.z0), hits)

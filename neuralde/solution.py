@@ -16,7 +16,7 @@ from .field import full_precision
 from .outputs import Outputs
 from .problem import Problem
 from .retrace import every_state, lookup
-from .solvers import SOLVERS, Solver
+from .solvers import SDE_SOLVERS, SOLVERS, Solver
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,11 @@ class Solution:
         """
         if _reports(self.solver, name):
             return
-        able = ", ".join(s.name for s in SOLVERS.values() if _reports(s, name))
+        known = SOLVERS.values()
+        if self._problem.noisy:
+            equation = self._problem.field.equation
+            known = [s.of(equation, True) for s in SDE_SOLVERS.values() if s.suits(equation)]
+        able = ", ".join(s.name for s in known if s.kind == self.solver.kind and _reports(s, name)) or "none"
         raise ValueError(f"solver {self.solver.name!r} has no {name} estimate; these have: {able}")
 
     def __call__(self, t):
