@@ -262,7 +262,10 @@ class _Discovery:
             return m.where(last, left, lane.h), last
         # The last two steps share what is left: a sliver of a step would have a stiffness estimate of rounding errors.
         last = lane.h >= left
-        return m.where(last, left, m.minimum(lane.h, 0.5 * left)), last
+        h = m.minimum(lane.h, 0.5 * left)
+        if self.problem.noisy:  # the way down a Brownian tree to a time is as long as the time has binary digits
+            h = m.rounded(lane.s + h, h) - lane.s
+        return m.where(last, left, h), last
 
     def _closed(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step, ratio: Figure):
         """Accepted steps with the slope at their ends, which the method leaves to the loop.

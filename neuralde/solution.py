@@ -206,6 +206,24 @@ class Solution:
         """
         return self._integral("stiffness")
 
+    def brownian(self, t) -> Tensor:
+        """The Brownian paths that drove an SDE: W(t) - W(t0), [points, batch, channels]. A constant.
+
+        Args:
+            t: [points] ascending times on the horizon.
+
+        Raises:
+            ValueError: it was no SDE, or the times do not ascend.
+        """
+        p = self._problem
+        if not p.noisy:
+            raise ValueError("brownian is for SDEs; this solution is of an ODE")
+        t = torch.as_tensor(t, dtype=p.times.dtype, device=p.times.device)
+        if t.dim() != 1 or not bool((t.diff() >= 0).all()) or bool((t[:1] < p.start.max()).any()):
+            raise ValueError("t must be [points] ascending times from t0 on")
+        times = torch.cat([p.start[None], t[:, None].expand(-1, len(p.start))])
+        return torch.stack([noise.w for noise in p.field.paths.between(times)]).cumsum(0)
+
     def _integral(self, name: str) -> Tensor:
         self.require(name)
         if self._outcome.integral is not None:
