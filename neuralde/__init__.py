@@ -2,9 +2,10 @@
 
 from . import adjoints, introspection, solvers
 from ._version import __version__
+from .brownian import BrownianTree
 from .control import StepControl
 from .diagnose import Diagnosis, diagnose
-from .equations import ODE
+from .equations import ODE, SDE
 from .errors import (
     MaxStepsReached,
     NeuralDEError,
@@ -16,18 +17,21 @@ from .errors import (
 )
 from .events import Event, Occurrences
 from .introspection import probe
-from .layers import AppendTime, NeuralODE, TimeChain, compile
+from .layers import AppendTime, NeuralODE, NeuralSDE, TimeChain, compile
 from .solution import Solution, Statistics, Steps
 from .solve import solve
 
 __all__ = [
     "ODE",
+    "SDE",
     "AppendTime",
+    "BrownianTree",
     "Diagnosis",
     "Event",
     "MaxStepsReached",
     "NeuralDEError",
     "NeuralODE",
+    "NeuralSDE",
     "NonFiniteState",
     "NotConverged",
     "Occurrences",

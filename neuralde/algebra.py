@@ -61,6 +61,9 @@ class Algebra(Protocol):
     def known(self, x: Figure) -> Figure:
         """x, infinite where it is not a number."""
 
+    def rounded(self, x: Figure, size: Figure) -> Figure:
+        """x with few binary digits: to the nearest multiple of a power of two, between a 32nd and a 16th of size."""
+
 
 class _Numbers:
     minimum = staticmethod(min)
@@ -109,6 +112,11 @@ class _Numbers:
     def known(x):
         return math.inf if x != x else x
 
+    @staticmethod
+    def rounded(x, size):
+        unit = math.ldexp(1.0, math.frexp(size)[1] - 5)
+        return round(x / unit) * unit
+
 
 class _Tensors:
     where = staticmethod(torch.where)
@@ -139,6 +147,11 @@ class _Tensors:
     @staticmethod
     def known(x):
         return x.nan_to_num(nan=math.inf)
+
+    @staticmethod
+    def rounded(x, size):
+        unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 5)
+        return torch.round(x / unit) * unit
 
 
 class _SharedNumbers(_Numbers):

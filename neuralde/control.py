@@ -36,7 +36,7 @@ class StepControl:
     Args:
         per_sample: one step size per sample, judged by the sample's own error; or one for the whole batch.
         adaptive: whether the error chooses the step. False: every step is `dt0`, whatever the solver.
-        safety, factor_min, factor_max: as above.
+        safety, factor_min, factor_max: as above. A factor_max of None is 10, and 9/8 for SDEs, whose errors are random.
         beta1, beta2: exponents; None means 7/(10 p) and 2/(5 p) for a method of order p, and 0.17 and 0.04 for
             dopri5. 1/p and 0 make it the integral controller of torchdiffeq and torchdyn.
         norm: how errors are measured instead of in RMS: a function of the error over its tolerance, in the structure of
@@ -54,7 +54,7 @@ class StepControl:
     adaptive: bool = True
     safety: float = 0.9
     factor_min: float = 0.2
-    factor_max: float = 10.0
+    factor_max: float | None = None
     beta1: float | None = None
     beta2: float | None = None
     norm: Callable | None = None
@@ -71,8 +71,12 @@ class StepControl:
             raise TypeError(f"norm must be a callable or None, got {type(self.norm).__name__}")
         if not 0.0 < self.safety <= 1.0:
             raise ValueError(f"safety must be in (0, 1], got {self.safety}")
-        if not 0.0 < self.factor_min < 1.0 < self.factor_max:
+        if not 0.0 < self.factor_min < 1.0 < self._most:
             raise ValueError(f"factor_min and factor_max must enclose 1, got {self.factor_min} and {self.factor_max}")
+
+    @property
+    def _most(self) -> float:
+        return 10.0 if self.factor_max is None else self.factor_max
 
     def factor(self, ratio: Figure, previous: Figure, accept: Figure | None, exponents, m: Algebra) -> Figure:
         """What to multiply dt with, [groups].
@@ -86,11 +90,11 @@ class StepControl:
         """
         beta1, beta2 = exponents
         shrink = m.power(ratio, -beta1) * self.safety
-        grow = m.clamp(shrink * m.power(previous, beta2), self.factor_min, self.factor_max)
+        grow = m.clamp(shrink * m.power(previous, beta2), self.factor_min, self._most)
         if accept is None:
             return grow
         # Bounded above too: a finished sample makes zero steps without error, and 0 · inf is no step size.
-        return m.where(accept, grow, m.clamp(shrink, self.factor_min, self.factor_max))
+        return m.where(accept, grow, m.clamp(shrink, self.factor_min, self._most))
 
     def exponents(self, order: int, tuned: tuple[float, float] | None) -> tuple[float, float]:
         """(beta1, beta2) for a method of that order, with exponents of its own or None."""
@@ -123,6 +127,11 @@ def get(control: str | StepControl) -> StepControl:
     if control not in _PRESETS:
         raise ValueError(f"unknown control {control!r}; use 'per_sample', 'joint' or a StepControl")
     return _PRESETS[control]
+
+
+def for_noise(control: StepControl) -> StepControl:
+    """The control of an SDE's steps: they grow slowly, since a small error may be chance."""
+    return replace(control, factor_max=9 / 8) if control.factor_max is None else control
 
 
 def norm(rtol, atol, control: StepControl, layout: Layout) -> Norm:
@@ -420,6 +429,9 @@ def initial_step(
 ) -> Figure:
     """The automatic first step, [groups]; always positive. Costs one evaluation of f beside the given slope.
 
+    The drift of an SDE is taken as large as three standard deviations of the noise make it, which costs two of the
+    diffusion.
+
     Args:
         f: the vector field.
         t, z, slope: where the solve starts, and f there.
@@ -433,13 +445,18 @@ def initial_step(
     m = m or algebra.of(norm.joint)
     longest = abs(span)
     scale = norm.scale(z.abs())
-    size, speed = m.read(norm.of(z / scale)), m.read(norm.of(slope / scale))
+    spread = getattr(f, "spread", None)  # of an SDE
+    fastest = slope if spread is None else slope.abs() + spread(f.times(t)[0], z)
+    size, speed = m.read(norm.of(z / scale)), m.read(norm.of(fastest / scale))
     still = m.minimum(size, speed) < 1e-5
     trial = m.minimum(m.where(still, m.full(1e-6, size), m.divide(0.01 * size, speed)), longest)
     trial = m.where(trial > 0, trial, m.minimum(m.full(1e-6, size), longest))  # an infinite speed where z is 0
     step = m.tensor(m.where(span < 0, -trial, trial), t)
-    moved = f(f.times(t + step)[0], z + step[:, None].to(z.real.dtype) * slope)
-    bend = m.divide(m.read(norm.of((moved - slope) / scale)), trial)
+    now, z_trial = f.times(t + step)[0], z + step[:, None].to(z.real.dtype) * slope
+    change = f(now, z_trial) - slope
+    if spread is not None:
+        change, order = change.abs() + (fastest - slope.abs()) + spread(now, z_trial), order + 0.5
+    bend = m.divide(m.read(norm.of(change / scale)), trial)
     sharpest = m.maximum(speed, bend)
     best = m.power(m.divide(m.full(0.01, size), sharpest), 1.0 / order)
     best = m.where(sharpest <= 1e-15, m.clamp(trial * 1e-3, 1e-6), best)

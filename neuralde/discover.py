@@ -232,7 +232,7 @@ class _Discovery:
     def _step(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure):
         """The step of the lane's method, unjudged."""
         solver, f = lane.tools.solver, lane.tools.f
-        if self.problem.jumps is not None or self.still is not None:
+        if self.problem.jumps is not None or self.still is not None or self.problem.noisy:
             f = self.problem.f(lane.rows, t, lane.m.tensor(lane.signed(s_end), t), still=self.still)
         past = {"past": Past(lane.past_slopes, lane.past_dt)} if solver.history else {}
         return solver.attempt(f, t, dt, lane.z, lane.slope, lane.tools.memory, close=self.close, **past)
@@ -262,7 +262,10 @@ class _Discovery:
             return m.where(last, left, lane.h), last
         # The last two steps share what is left: a sliver of a step would have a stiffness estimate of rounding errors.
         last = lane.h >= left
-        return m.where(last, left, m.minimum(lane.h, 0.5 * left)), last
+        h = m.minimum(lane.h, 0.5 * left)
+        if self.problem.noisy:  # the way down a Brownian tree to a time is as long as the time has binary digits
+            h = m.rounded(lane.s + h, h) - lane.s
+        return m.where(last, left, h), last
 
     def _closed(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step, ratio: Figure):
         """Accepted steps with the slope at their ends, which the method leaves to the loop.
@@ -572,6 +575,8 @@ class _Discovery:
         # has no use for it, or has one for the slope at its end as well.
         first = self.solver.parts[0]
         extra = (self.problem.dt0 is None) + (first.fsal or self.close or first.linearizes)
+        if self.problem.noisy:  # the diffusion at both points of the first step's size; no step is closed
+            extra = 3 * (self.problem.dt0 is None)
         parts = [part.tensors(self.like) for part in self.parts]
         hits = self._hits()
         interior = self._interior(len(self.z0), hits)

@@ -38,6 +38,75 @@ class ODE:
         object.__setattr__(self, "takes_time", required_arguments(self.f) != 1)
 
 
+NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
+SDE_TYPES = ("ito", "stratonovich")
+
+
+@dataclass(frozen=True, eq=False)
+class SDE:
+    """The stochastic differential equation dz = drift(t, z) dt + diffusion(t, z) dW.
+
+    Args:
+        drift, diffusion: functions or `nn.Module`s, called as the f of an `ODE` is: with (t, z), (t, z, args), or z
+            alone. The drift returns dz/dt like an f does. The diffusion returns
+            - "diagonal": the shape of z. Every component has a Brownian motion of its own.
+            - "scalar": the shape of z and one more dimension of size 1: one Brownian motion for all components.
+            - "additive", "general": the shape of z and one more dimension of any size m: m Brownian motions. An
+              additive diffusion does not depend on z.
+        noise_type: "diagonal", "scalar", "additive" or "general".
+        sde_type: "ito" or "stratonovich".
+
+    Raises:
+        TypeError: drift or diffusion is not callable.
+        ValueError: there is no such noise_type or sde_type.
+
+    The words are torchsde's.
+    """
+
+    drift: Callable
+    diffusion: Callable
+    noise_type: str = "diagonal"
+    sde_type: str = "ito"
+    f: Coefficients = field(init=False)
+    takes_time = True
+
+    def __post_init__(self):
+        for name in ("drift", "diffusion"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be a callable {name}(t, z) or {name}(t, z, args), got "
+                    f"{type(getattr(self, name)).__name__}; pass a function or an nn.Module"
+                )
+        for name, known in (("noise_type", NOISE_TYPES), ("sde_type", SDE_TYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "f", Coefficients(_timed(self.drift), _timed(self.diffusion)))
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """The drift and the diffusion of an `SDE`, both called with t."""
+
+    drift: Callable
+    diffusion: Callable
+
+
+@dataclass(frozen=True, eq=False)
+class _Autonomous:
+    """A function of z alone, called with t."""
+
+    f: Callable
+
+    def __call__(self, t, z, *args):
+        if args:
+            raise TypeError("args was given, but a coefficient takes z alone; give it the signature f(t, z, args)")
+        return self.f(z)
+
+
+def _timed(f: Callable) -> Callable:
+    return _Autonomous(f) if required_arguments(f) == 1 else f
+
+
 def required_arguments(f: Callable) -> int | None:
     """How many positional arguments f must be given, or None where its signature does not tell."""
     # A Module's own __call__ is (*args, **kwargs); its forward says what it takes.

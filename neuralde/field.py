@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import transforms
-from .equations import ODE
+from .equations import ODE, SDE
 from .graph import behind
 from .state import Layout
 
@@ -40,7 +40,7 @@ class Field:
         calls: batched evaluations of f so far.
     """
 
-    def __init__(self, equation: ODE, layout: Layout, args, joint: bool, linearized: bool = False):
+    def __init__(self, equation: ODE | SDE, layout: Layout, args, joint: bool, linearized: bool = False):
         self.equation, self.layout, self.args, self.joint = equation, layout, args, joint
         self._linearized = linearized
         self.calls = 0
@@ -83,18 +83,30 @@ class Field:
         derivative = self._call(t, z, args)
         return derivative if self._plain else self.layout.pack(derivative)
 
-    def _call(self, t, z: Tensor, args):
+    def _everything(self, t, z: Tensor, args) -> Tensor:
+        """All that is evaluated at (t, z), [batch, numbers]: what the checks compare."""
+        return self._evaluate(t, z, args)
+
+    def _checked(self, t, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(dz/dt, everything), with the checks of what f returns."""
+        derivative = self._call(t, z, self.args)
+        slope = self.layout.pack_derivative(derivative, len(z), self._autocast is not None)
+        # A copy: f may return a buffer of its own that its next call overwrites, as a captured graph does.
+        slope = slope.clone()
+        return slope, slope
+
+    def _call(self, t, z: Tensor, args, f=None):
         self.calls += 1
         if self._frozen is not None:
             with _generators(self._frozen, self.layout.device):
-                return self._invoke(t, z, args)
-        return self._invoke(t, z, args)
+                return self._invoke(t, z, args, f)
+        return self._invoke(t, z, args, f)
 
-    def _invoke(self, t, z: Tensor, args):
+    def _invoke(self, t, z: Tensor, args, f=None):
         if self._autocast is not None:
             with torch.autocast(self.layout.device.type, dtype=self._autocast, cache_enabled=False):
-                return self._apply(t, z, args)
-        return self._apply(t, z, args)
+                return self._apply(t, z, args, f)
+        return self._apply(t, z, args, f)
 
     def _apply(self, t, z: Tensor, args, f=None):
         f, z = self.equation.f if f is None else f, z if self._plain else self.layout.unpack(z)
@@ -133,21 +145,19 @@ class Field:
             t_other: other times of the horizon, shaped like t.
         """
         before, version = _generator_states(self.layout.device), _version(z)
-        derivative = self._call(self.times(t)[0], z, self.args)
+        slope, everything = self._checked(self.times(t)[0], z)
         if _version(z) != version:
             raise ValueError(
                 "f changes its argument z in place, which changes the solution itself; let it work on new tensors "
                 "(z.clamp(...) in place of z.clamp_(...), torch.cat or torch.where in place of z[...] = ...)"
             )
-        # A copy: f may return a buffer of its own that its next call overwrites, as a captured graph does.
-        flat = self.layout.pack_derivative(derivative, len(z), self._autocast is not None).clone()
         after = _generator_states(self.layout.device)
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             self._frozen, self._subsets, self._simple = before, "pad", False
         if self._linearized or not self.joint:
-            self._check_independence(t, z.detach(), flat.detach(), t_other)
+            self._check_independence(t, z.detach(), everything.detach(), t_other)
         self.fill(t, z)
-        return flat
+        return slope
 
     def fill(self, t: Tensor, z: Tensor):
         """Says where the samples stand that are evaluated only because f wants the whole batch."""
@@ -163,7 +173,7 @@ class Field:
             t[-1] = t_other[-1]
         z[-1] = 2.0 * z[-1] + 1.0
         try:
-            other = self(self.times(t)[0], z)
+            other = self._everything(self.times(t)[0], z, self.args)
         except Exception:  # f refuses states that it would not meet: nothing was found out, and nothing is wrong
             return
         # The same kernels on the same shapes: what a sample gets is the same to the last digits, or it is mixed.
@@ -196,11 +206,11 @@ class Field:
             self._subsets = self._find_subsets(*self._filler)
         return self._subsets != "pad"
 
-    def on(self, rows: Tensor | None) -> Field | _Part:
+    def on(self, rows: Tensor | None) -> Field | Part:
         """The field for the samples `rows` (ascending indices) only."""
         if rows is None:
             return self
-        return _Part(self, rows, padded=not self.can_shrink())
+        return Part(self, rows, padded=not self.can_shrink())
 
     def _args_of(self, rows: Tensor):
         """The args for some of the samples."""
@@ -217,7 +227,7 @@ class Field:
         DataControl): what does not reproduce the full result without the first sample is called with all of them.
         """
         now = self.times(t)[0]
-        full = self._evaluate(now, z, self.args).clone()
+        full = self._everything(now, z, self.args).clone()
         leaves = pytree.tree_leaves(self.args)
         self._own = {
             i
@@ -229,7 +239,7 @@ class Field:
         }
         rows = torch.arange(1, len(z), device=z.device)
         try:
-            part = self._evaluate(self.times(t[1:])[0], z[1:], self._args_of(rows))
+            part = self._everything(self.times(t[1:])[0], z[1:], self._args_of(rows))
         except Exception:  # however f complains about a part of the batch
             return "pad"
         same = part.shape == full[1:].shape and not _differ(part, full[1:], _rounding(self.layout.dtype))
@@ -243,7 +253,7 @@ class Field:
         leaf[1 - parity :: 2] = 1.1 * others + 0.1 if leaf.is_floating_point() else others.flip(0)
         leaves[i] = leaf
         try:
-            out = self._evaluate(now, z, pytree.tree_unflatten(leaves, tree))
+            out = self._everything(now, z, pytree.tree_unflatten(leaves, tree))
         except Exception:  # no values for f: what it reads can't be told
             return True
         return _differ(out[parity::2], full[parity::2], 64 * torch.finfo(self.layout.dtype).eps)
@@ -274,7 +284,7 @@ class Between:
         low, high: the first and the last instant at which f may be called, [groups].
     """
 
-    def __init__(self, field: Field | _Part, low: Tensor, high: Tensor):
+    def __init__(self, field: Field | Part, low: Tensor, high: Tensor):
         self.field, self.low, self.high = field, low, high
         self.layout, self.joint = field.layout, field.joint
 
@@ -287,12 +297,16 @@ class Between:
         return self.field.shaped(times + (times.clamp(self.low, self.high) - times).detach())
 
     def _takes_time(self) -> bool:
-        whole = self.field.field if isinstance(self.field, _Part) else self.field
+        whole = self.field.field if isinstance(self.field, Part) else self.field
         return whole.equation.takes_time
 
     def __call__(self, t: Tensor | None, z: Tensor) -> Tensor:
         """dz/dt, [samples, features]."""
         return self.field(t, z)
+
+    def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
+        """See `NoisyField.diffusion`."""
+        return self.field.diffusion(t, z)
 
 
 class Still:
@@ -303,7 +317,7 @@ class Still:
         still: which samples, [samples].
     """
 
-    def __init__(self, field: Field | _Part | Between, still: Tensor):
+    def __init__(self, field: Field | Part | Between, still: Tensor):
         self.field, self.still = field, still[:, None]
         self.layout, self.joint, self.times = field.layout, field.joint, field.times
 
@@ -322,7 +336,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Part:
+class Part:
     """A field on some of the samples.
 
     Args:

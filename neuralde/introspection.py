@@ -23,7 +23,7 @@ from . import algebra, solvers, transforms
 from . import control as _control
 from .adjoints.base import Outcome
 from .control import StepControl
-from .equations import ODE
+from .equations import ODE, SDE
 from .errors import Status
 from .field import Field, full_precision
 from .outputs import outputs
@@ -33,6 +33,7 @@ from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
 from .state import Layout
+from .stochastic import Driven, NoisyField, source
 
 
 @dataclass(frozen=True)
@@ -59,31 +60,33 @@ class Probe:
 
 
 def probe(
-    f: Callable | ODE,
+    f: Callable | ODE | SDE,
     t,
     z,
     dt: float | Tensor | None = None,
-    solver: str | Solver = "tsit5",
+    solver: str | Solver | None = None,
     rtol: float = 1e-3,
     atol: float = 1e-6,
     control: str | StepControl = "per_sample",
     args=None,
     t1=None,
+    seed: int | None = None,
 ) -> Probe:
-    """Makes one step of dz/dt = f(t, z) from (t, z) and reports its error and stiffness, differentiably.
+    """Makes one step of dz/dt = f(t, z), or of an SDE, from (t, z) and reports its error and stiffness, differentiably.
 
     Args:
-        f: the vector field, as in `ODE`.
+        f: the vector field, as in `ODE`; or the equation.
         t: a time, or one per sample, [batch].
         z: the state, [batch, ...], or a tuple or dict of such tensors.
         dt: the (signed) step size, a number or [batch]; None takes the automatic first step that a solve from here to
             t1 would begin with.
-        solver: which method's step.
+        solver: which method's step. None is "tsit5", or for an SDE the default of `solve`.
         rtol, atol: the tolerances that `error` is relative to, and that the automatic step is made for.
         control: "per_sample", or "joint": one step size and one norm for the batch.
         args: for f's last argument.
         t1: where the solve would end: gives the automatic step its direction and its largest size. None: forward,
-            without limit.
+            without limit; an SDE needs it, or dt.
+        seed: of an SDE's noise; None draws one.
 
     Returns:
         A `Probe`.
@@ -92,7 +95,12 @@ def probe(
         ValueError, TypeError: an argument is wrong, or f mixes samples under per-sample control.
     """
     layout = Layout.of(z)
-    control, solver = _control.get(control), solvers.get(solver)
+    noisy = isinstance(f, SDE)
+    control = _control.get(control)
+    if noisy:
+        solver = solvers.for_sde(solver, f)
+    else:
+        solver = solvers.get("tsit5" if solver is None else solver)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
@@ -113,9 +121,13 @@ def probe(
     dt = None if dt is None else times("dt", dt)
     if dt is not None and bool((dt == 0).any()):
         raise ValueError("dt must not be 0")
-    equation = f if isinstance(f, ODE) else ODE(f)
+    if noisy:
+        span = _noise_span(dt, None if t1 is None else end - t)
+        field = NoisyField(f, layout, args, joint, t, span, source(seed, None, f, solver, control))
+    else:
+        field = Field(f if isinstance(f, ODE) else ODE(f), layout, args, joint, solver.linearizes)
     problem = Problem(
-        field=Field(equation, layout, args, joint, solver.linearizes),
+        field=field,
         solver=solver,
         control=control,
         times=torch.stack([t, end]),
@@ -127,6 +139,16 @@ def probe(
     flat = layout.pack_start(z)
     slope = problem.field.first(t, flat, t + 1.0)
     return _look(problem, t, flat, slope, dt)
+
+
+def _noise_span(dt: Tensor | None, span: Tensor | None) -> Tensor:
+    """How long the paths of a probe have to be."""
+    if dt is None and span is None:
+        raise ValueError("the probe of an SDE needs dt, or t1, where its noise ends; pass one of them")
+    span = dt if span is None else span
+    if bool((span < 0).any()) or (dt is not None and bool((dt < 0).any())):
+        raise ValueError("dt must be positive: an SDE is solved forward in time")
+    return span if dt is None else torch.maximum(span, dt)
 
 
 def probe_solution(
@@ -141,6 +163,9 @@ def probe_solution(
         t: [batch] times on the horizon (equal ones under joint control).
         through_state: whether gradients flow into the solution at t.
         solver: another method than the solution's.
+
+    The step of an SDE has noise of its own, not that of the solution, whose state at t may know it already; the same
+    noise every time.
 
     Returns:
         A `Probe`, NaN where a sample failed.
@@ -170,11 +195,19 @@ def probe_solution(
     return Probe(solver=solution.solver, **values)
 
 
+def default_solver(solution: Solution) -> Solver:
+    """What an SDE is solved with by default, for a probe of a solution whose own method reports too little."""
+    return solvers.for_sde(None, solution._problem.field.equation)
+
+
 def _methods(solution: Solution, t: Tensor, solver: str | Solver | None) -> list[tuple[Solver, Tensor]]:
     """What to probe with, and which samples, [batch]: the method that each of them stepped with there."""
     everyone = torch.ones_like(solution.converged)
     if solver is not None or len(solution.solver.parts) == 1:
-        return [(solution.solver if solver is None else solvers.get(solver), everyone)]
+        if solver is not None:
+            problem = solution._problem
+            solver = solvers.for_sde(solver, problem.field.equation) if problem.noisy else solvers.get(solver)
+        return [(solution.solver if solver is None else solver, everyone)]
     used = solution._parts_at(t)
     # A method that builds on earlier steps can't begin anywhere: the one that starts it can.
     parts = [solution.solver.parts[0] if part.history else part for part in solution.solver.parts]
@@ -220,7 +253,10 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
                 span = algebra.of(p.joint).read(p.span)
                 dt = _control.initial_step(p.field, t, z.detach(), slope.detach(), span, solver.order, p.norm)
                 dt = torch.as_tensor(dt).to(t) * p.span.sign()
-        step = solver.attempt(p.field, t, dt, z, slope, solver.memory(z, transforms.recording()))
+        f = p.field
+        if p.noisy:
+            f = Driven(f, f.diagonal, f.paths.fresh(), t, t + dt)
+        step = solver.attempt(f, t, dt, z, slope, solver.memory(z, transforms.recording()))
         error = raw = None
         if step.error is not None:
             error = p.ratio(step.error, z, step.z).expand(batch)

@@ -13,6 +13,7 @@ from .control import Norm, StepControl
 from .events import Watch
 from .field import Between, Field, Still
 from .solvers import Solver, Step
+from .stochastic import Driven, NoisyField, NoisyPart
 
 
 class Impulses(Protocol):
@@ -92,6 +93,11 @@ class Problem:
         return not self.control.per_sample
 
     @property
+    def noisy(self) -> bool:
+        """Whether it is an SDE."""
+        return isinstance(self.field, NoisyField | NoisyPart)
+
+    @property
     def span(self) -> Tensor:
         """t1 - t0, signed, [groups]."""
         return self._groups(self.times[-1] - self.times[0])
@@ -135,6 +141,8 @@ class Problem:
             jumps = self.jumps if rows is None or self.joint else self.jumps.index_select(1, rows)
             first, last = self._off(t, t_end, jumps), self._off(t_end, t, jumps)
             field = Between(field, torch.minimum(first, last), torch.maximum(first, last))
+        if self.noisy:
+            return Driven(field, self.field.diagonal, self.field.paths.on(rows), t, t_end)
         return field if still is None else Still(field, still)
 
     @staticmethod

@@ -16,7 +16,7 @@ from .field import full_precision
 from .outputs import Outputs
 from .problem import Problem
 from .retrace import every_state, lookup
-from .solvers import SOLVERS, Solver
+from .solvers import SDE_SOLVERS, SOLVERS, Solver
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,24 @@ class Solution:
         """
         return self._integral("stiffness")
 
+    def brownian(self, t) -> Tensor:
+        """The Brownian paths that drove an SDE: W(t) - W(t0), [points, batch, channels]. A constant.
+
+        Args:
+            t: [points] ascending times on the horizon.
+
+        Raises:
+            ValueError: it was no SDE, or the times do not ascend.
+        """
+        p = self._problem
+        if not p.noisy:
+            raise ValueError("brownian is for SDEs; this solution is of an ODE")
+        t = torch.as_tensor(t, dtype=p.times.dtype, device=p.times.device)
+        if t.dim() != 1 or not bool((t.diff() >= 0).all()) or bool((t[:1] < p.start.max()).any()):
+            raise ValueError("t must be [points] ascending times from t0 on")
+        times = torch.cat([p.start[None], t[:, None].expand(-1, len(p.start))])
+        return torch.stack([noise.w for noise in p.field.paths.between(times)]).cumsum(0)
+
     def _integral(self, name: str) -> Tensor:
         self.require(name)
         if self._outcome.integral is not None:
@@ -223,7 +241,11 @@ class Solution:
         """
         if _reports(self.solver, name):
             return
-        able = ", ".join(s.name for s in SOLVERS.values() if _reports(s, name))
+        known = SOLVERS.values()
+        if self._problem.noisy:
+            equation = self._problem.field.equation
+            known = [s.of(equation, True) for s in SDE_SOLVERS.values() if s.suits(equation)]
+        able = ", ".join(s.name for s in known if s.kind == self.solver.kind and _reports(s, name)) or "none"
         raise ValueError(f"solver {self.solver.name!r} has no {name} estimate; these have: {able}")
 
     def __call__(self, t):

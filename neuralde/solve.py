@@ -17,7 +17,7 @@ from . import adjoints, compiled, solvers, transforms
 from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
-from .equations import ODE
+from .equations import ODE, SDE
 from .errors import NeuralDEError, SolveWarning, failure
 from .events import Event, Watch
 from .events import parse as parse_events
@@ -27,15 +27,24 @@ from .problem import Problem
 from .solution import Solution
 from .solvers import Solver
 from .state import Layout
+from .stochastic import NoisyField, check_noisy, source, with_noise
+
+
+class _UsualName(str):
+    """A default that can be told from the same value given: SDEs have others."""
+
+
+class _UsualNumber(float):
+    """Likewise."""
 
 
 def solve(
-    equation: ODE,
+    equation: ODE | SDE,
     z0,
     t,
-    solver: str | Solver = "tsit5",
-    rtol=1e-3,
-    atol=1e-6,
+    solver: str | Solver = _UsualName("tsit5"),  # noqa: B008  (immutable)
+    rtol=_UsualNumber(1e-3),  # noqa: B008
+    atol=_UsualNumber(1e-6),  # noqa: B008
     control: str | StepControl = "per_sample",
     adjoint: str | Adjoint = "checkpointed",
     args=None,
@@ -51,19 +60,23 @@ def solve(
     events: Event | list[Event] | None = None,
     observer=None,
     compile: bool = False,
+    seed: int | None = None,
+    brownian=None,
 ) -> Solution:
-    """Solves dz/dt = f(t, z) for a batch of samples.
+    """Solves dz/dt = f(t, z), or dz = f(t, z) dt + g(t, z) dW, for a batch of samples.
 
     Args:
-        equation: an `ODE`.
+        equation: an `ODE` or an `SDE`.
         z0: initial state: a tensor [batch, ...], or a tuple or dict of them; floating-point or complex. bfloat16 and
             float16 states are stepped in float32 arithmetic, f still sees their own dtype.
         t: (t0, t1), a 1-D tensor of output times, or [batch, times]: strictly increasing or decreasing, at least two.
             The first is where the solve starts, the last where it ends; those between cost no steps.
-        solver: a name (see `neuralde.solvers.SOLVERS`) or a solver object.
+        solver: a name (see `neuralde.solvers.SOLVERS`, and `SDE_SOLVERS`) or a solver object. An SDE's default
+            is the first of "sosri2", "sosra2", "midpoint" and "euler_maruyama" that suits it.
         rtol, atol: tolerances of the error test |error| ≤ atol + rtol·max(|z|, |z_next|), in RMS. rtol > 0, atol ≥ 0.
             A number; or one per component: a tensor that broadcasts to z0 (or to one sample of it), or a tuple or dict
-            of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test.
+            of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test. An SDE's
+            defaults are 1e-2.
         control: "per_sample", every sample has its own step size and its answer does not depend on the others; or
             "joint", one step size and one RMS norm for the whole batch. Or a `StepControl`.
         adjoint: how gradients are computed. "checkpointed", exact ones at one state of memory per step; or
@@ -91,6 +104,9 @@ def solve(
         compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
             seconds; they serve all later solves with this f. On the CPU, for explicit Runge-Kutta methods and
             gradients by "checkpointed". Where that can't be, one warning says why, and the solve is made as without it.
+        seed: of an SDE's noise, an integer: `brownian=BrownianTree(seed)`. None draws one from torch's generator.
+        brownian: where an SDE's noise comes from: a `BrownianTree`, or, under joint control, a Brownian object of
+            torchsde's.
 
     Returns:
         A `Solution`.
@@ -124,6 +140,7 @@ def solve(
         compile,
         dense,
         on_failure,
+        (seed, brownian),
     )
 
 
@@ -143,16 +160,21 @@ def _solve(
     compile,
     dense,
     on_failure,
+    noise,
 ) -> Solution:
-    if not isinstance(equation, ODE):
+    if not isinstance(equation, ODE | SDE):
         hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
-        raise TypeError(f"equation must be an nde.ODE, got {type(equation).__name__}{hint}")
+        raise TypeError(f"equation must be an nde.ODE or an nde.SDE, got {type(equation).__name__}{hint}")
+    noisy = isinstance(equation, SDE)
+    if noisy:
+        tolerances = (1e-2 if isinstance(x, _UsualNumber) else x for x in tolerances)
+        solver = None if isinstance(solver, _UsualName) else solver
     layout = Layout.of(z0)
     max_steps, *sizes = (steps[name] for name in ("max_steps", "dt0", "dt_min", "dt_max"))
     _control.check_max_steps(max_steps)
     _control.check_sizes(*sizes)
     dt0, *bounds = sizes
-    solver, control, adjoint = chosen(solver, control, adjoint, dt0)
+    solver, control, adjoint = chosen(solver, control, adjoint, dt0, equation)
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
     if not isinstance(compile, bool):
@@ -172,7 +194,12 @@ def _solve(
     flat, constant = layout.pack_start(z0), times.detach()
     if not any(isinstance(x, Tensor) and transforms.derived(x) for x in (t if isinstance(t, tuple | list) else [t])):
         times = constant
-    field = Field(equation, layout, args, joint, solver.linearizes)
+    brownian = source(*noise, equation, solver, control)
+    if noisy:
+        check_noisy(equation, layout, constant, times is not constant, adjoint, events)
+        field = NoisyField(equation, layout, args, joint, constant[0], constant[-1] - constant[0], brownian)
+    else:
+        field = Field(equation, layout, args, joint, solver.linearizes)
     problem = Problem(
         field=field,
         solver=solver,
@@ -190,6 +217,7 @@ def _solve(
         observer=observer,
         compile=compile,
     )
+    problem = with_noise(problem) if noisy else problem
     with full_precision(layout.device):
         outcome = adjoint.solve(problem, shift_start(problem, flat, times))
         _report(problem, outcome.trajectory, on_failure)
@@ -198,14 +226,25 @@ def _solve(
 
 
 def chosen(
-    solver: str | Solver, control: str | StepControl, adjoint: str | Adjoint, dt0: float | None
+    solver: str | Solver | None,
+    control: str | StepControl,
+    adjoint: str | Adjoint,
+    dt0: float | None,
+    equation: ODE | SDE | None = None,
 ) -> tuple[Solver, StepControl, Adjoint]:
     """What these options of a solve name: (the solver, the control as it is with that solver, the adjoint).
+
+    Args:
+        equation: an `SDE`, whose solvers are others, and None its default; anything else stands for an ODE.
 
     Raises:
         TypeError, ValueError: there is no such thing, or they don't go together.
     """
-    solver, control, adjoint = solvers.get(solver), _control.get(control), adjoints.get(adjoint)
+    control, adjoint = _control.get(control), adjoints.get(adjoint)
+    if isinstance(equation, SDE):
+        solver, control = solvers.for_sde(solver, equation, control.adaptive), _control.for_noise(control)
+    else:
+        solver = solvers.get(solver)
     if control.adaptive and not solver.adaptive:
         control = replace(control, adaptive=False)
     if not control.adaptive and dt0 is None:
@@ -346,7 +385,8 @@ def _report(problem: Problem, trajectory, on_failure: str):
         return
     batch, figures = problem.field.layout.batch, (trajectory.reached, *trajectory.last_attempt())
     figures = (x if x is None else x.expand(batch) for x in (trajectory.status, *figures))
-    error = failure(*figures, problem.joint, problem.solver.name, problem.solver.stability_size)
+    stability_size = None if problem.noisy else problem.solver.stability_size  # the advice there is for ODEs
+    error = failure(*figures, problem.joint, problem.solver.name, stability_size)
     if on_failure == "raise":
         raise error
     warnings.warn(str(error), SolveWarning, stacklevel=4)

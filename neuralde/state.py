@@ -156,8 +156,8 @@ class Layout:
         leaves = einops.unpack(flat, [tuple(shape) for shape in self.shapes], _lead_pattern(len(lead)))
         return pytree.tree_unflatten(list(leaves), self.tree)
 
-    def pack_derivative(self, dz, batch: int, autocast: bool) -> Tensor:
-        """F's return value, checked, -> [batch, features].
+    def pack_derivative(self, dz, batch: int, autocast: bool, f: str = "f") -> Tensor:
+        """F's return value, checked, -> [batch, features]; f: what messages call it.
 
         Raises:
             TypeError: another structure or dtype than the state's.
@@ -166,19 +166,19 @@ class Layout:
         leaves, tree = ([dz], None) if self.tree is None and isinstance(dz, Tensor) else pytree.tree_flatten(dz)
         if (tree != self.tree) if self.tree is not None else not isinstance(dz, Tensor):
             wanted = "a tensor" if self.tree is None else f"the structure of z0, {self.tree}"
-            raise TypeError(f"f must return {wanted}, got {type(dz).__name__} with structure {tree}")
+            raise TypeError(f"{f} must return {wanted}, got {type(dz).__name__} with structure {tree}")
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"f must return tensors like z, got a {type(leaf).__name__}")
+                raise TypeError(f"{f} must return tensors like z, got a {type(leaf).__name__}")
             if leaf.shape != (batch, *shape):
-                raise ValueError(f"f must return dz/dt in the shape of z, {(batch, *shape)}, got {tuple(leaf.shape)}")
+                raise ValueError(f"{f} must return dz/dt in the shape of z, {(batch, *shape)}, got {tuple(leaf.shape)}")
             if leaf.dtype != self.dtype and not (autocast and leaf.is_floating_point()):
                 raise TypeError(
-                    f"f must return dz/dt in the dtype of z, {self.dtype}, got {leaf.dtype}; "
-                    "convert z0 or the parameters of f so that they agree"
+                    f"{f} must return dz/dt in the dtype of z, {self.dtype}, got {leaf.dtype}; "
+                    f"convert z0 or the parameters of {f} so that they agree"
                 )
             if leaf.device != self.device:
-                raise ValueError(f"f must return dz/dt on the device of z, {self.device}, got {leaf.device}")
+                raise ValueError(f"{f} must return dz/dt on the device of z, {self.device}, got {leaf.device}")
         return self.pack(dz)
 
 

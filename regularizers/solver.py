@@ -157,7 +157,10 @@ class _Local(Regularizer):
         """The probe step from the solution at the times t ([batch])."""
         solver = self.solver
         if solver is None and not self._able(solution.solver):
-            solver = "tsit5"  # as the papers' code probes a multistep solution
+            # As the papers' code probes a multistep solution; with noise, the default for the equation.
+            solver = "tsit5" if solution.solver.kind == "ode" else introspection.default_solver(solution)
+            if not isinstance(solver, str) and not self._able(solver):
+                solution.require(self._figure)
         return introspection.probe_solution(solution, t, through_state=self.through_state, solver=solver)
 
     def look(self, solution: Solution | Recorded) -> Probe:
@@ -169,6 +172,8 @@ class _Local(Regularizer):
                 f"generator: the times of {solution.source} were sampled as it was made; give record(generator=...) one"
             )
         return solution.probe(self.sampling, self.through_state, self.solver, self._able)
+
+    _figure = "error"
 
     def _able(self, solver) -> bool:
         return solver.error_order is not None
@@ -241,6 +246,8 @@ class LocalStiffness(_Local):
     ):
         super().__init__(sampling, weight, through_state, solver, generator)
         self.relative = relative
+
+    _figure = "stiffness"
 
     def _able(self, solver) -> bool:
         return solver.reports_stiffness

@@ -9,11 +9,13 @@ import torch
 
 import neuralde as nde
 
-SOLVERS = list(nde.solvers.SOLVERS)
-ADAPTIVE = [name for name, solver in nde.solvers.SOLVERS.items() if solver.adaptive]
+ODES = {name: solver for name, solver in nde.solvers.SOLVERS.items() if solver.kind == "ode"}
+SOLVERS = list(ODES)
+SDE_SOLVERS = list(nde.solvers.SDE_SOLVERS)
+ADAPTIVE = [name for name, solver in ODES.items() if solver.adaptive]
 FIXED = [name for name in SOLVERS if name not in ADAPTIVE]
-WITH_ERROR = [name for name, solver in nde.solvers.SOLVERS.items() if solver.error_order is not None]
-WITH_STIFFNESS = [name for name, solver in nde.solvers.SOLVERS.items() if solver.reports_stiffness]
+WITH_ERROR = [name for name, solver in ODES.items() if solver.error_order is not None]
+WITH_STIFFNESS = [name for name, solver in ODES.items() if solver.reports_stiffness]
 ADJOINTS = list(nde.adjoints.ADJOINTS)
 EXACT = [name for name, adjoint in nde.adjoints.ADJOINTS.items() if adjoint.exact]
 CONTINUOUS = [name for name in ADJOINTS if name not in EXACT]

@@ -80,6 +80,7 @@ class Solver(TorchdynProtocol, abc.ABC):
 
     Attributes:
         name: the registry's name.
+        kind: of equations it solves: "ode", "sde" or "equilibrium".
         order: p, the global order of convergence.
         adaptive: whether its error estimate chooses the steps by default; a solver that does not needs `dt0`.
         error_order: q, the error estimate being O(dt^q) on one step; None where there is no estimate.
@@ -101,7 +102,8 @@ class Solver(TorchdynProtocol, abc.ABC):
     """
 
     name: str
-    order: int
+    kind: str = "ode"
+    order: int | float
     adaptive: bool
     error_order: int | None
     interpolant_order: int

@@ -1,0 +1,280 @@
+"""The drift and the diffusion of an SDE as the engine sees them, and what drives a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .brownian import BrownianTree, Foreign, Noise, Paths, resolution
+from .equations import ODE, SDE
+from .field import Between, Field, Part
+from .state import Layout
+
+
+class NoisyField(Field):
+    """An SDE's coefficients on [batch, features] tensors: called, the drift; and the diffusion beside it.
+
+    Args:
+        equation, layout, args, joint: as `Field`'s.
+        start, span: t0 and t1 - t0, [groups].
+        brownian: where the noise comes from.
+
+    Attributes:
+        paths: the Brownian paths of the samples, known after the first evaluation; it tells how many each has.
+    """
+
+    def __init__(
+        self, equation: SDE, layout: Layout, args, joint: bool, start: Tensor, span: Tensor, brownian: BrownianTree
+    ):
+        super().__init__(equation, layout, args, joint)
+        self.diagonal = equation.noise_type == "diagonal"
+        self._horizon, self._source = (start, span), brownian
+        self.paths: Paths | None = None
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """The drift, [batch, features]."""
+        return self._evaluate(t, z, self.args)
+
+    def _evaluate(self, t, z: Tensor, args) -> Tensor:
+        drift = self._call(t, z, args, self.equation.f.drift)
+        return drift if self._plain else self.layout.pack(drift)
+
+    def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
+        """The diffusion: [batch, features] of diagonal noise, else [batch, features, channels]."""
+        return self.diffusion_with(t, z, self.args)
+
+    def diffusion_with(self, t, z: Tensor, args) -> Tensor:
+        """The diffusion, with args for these samples."""
+        diffusion = self._call(t, z, args, self.equation.f.diffusion)
+        return diffusion if self._plain else self._pack(diffusion)
+
+    def _pack(self, diffusion) -> Tensor:
+        if self.diagonal:
+            return self.layout.pack(diffusion)
+        leaves = pytree.tree_leaves(diffusion)
+        return torch.cat([x.reshape(len(x), -1, x.shape[-1]) for x in leaves], dim=1)
+
+    def spread(self, t: Tensor, z: Tensor) -> Tensor:
+        """Three standard deviations of what the noise does in unit time, component by component, [batch, features]."""
+        return _spread(self.diffusion(t, z), self.diagonal)
+
+    def _everything(self, t, z: Tensor, args) -> Tensor:
+        return torch.cat([self._evaluate(t, z, args), self.diffusion_with(t, z, args).flatten(1)], dim=1)
+
+    def _checked(self, t, z: Tensor) -> tuple[Tensor, Tensor]:
+        drift = self._call(t, z, self.args, self.equation.f.drift)
+        drift = self.layout.pack_derivative(drift, len(z), self._autocast is not None, "drift").clone()
+        diffusion = self._call(t, z, self.args, self.equation.f.diffusion)
+        channels = self._check_diffusion(diffusion, len(z))
+        if self.equation.noise_type == "additive":
+            self._check_additive(t, z.detach(), self._pack(diffusion).detach())
+        if self.paths is None:
+            self.paths = self._bind(channels)
+        return drift, torch.cat([drift, self._pack(diffusion).flatten(1)], dim=1)
+
+    def _check_diffusion(self, diffusion, batch: int) -> int:
+        """Raises TypeError or ValueError unless the diffusion is as its noise_type says. Returns the channels."""
+        layout, kind = self.layout, self.equation.noise_type
+        if self.diagonal:
+            layout.pack_derivative(diffusion, batch, self._autocast is not None, "diffusion")
+            return sum(shape.numel() for shape in layout.shapes)
+        leaves, tree = ([diffusion], None) if layout.tree is None else pytree.tree_flatten(diffusion)
+        if tree != layout.tree or not all(isinstance(x, Tensor) for x in leaves):
+            raise TypeError(f"diffusion must return tensors in the structure of z0, got {type(diffusion).__name__}")
+        channels = leaves[0].shape[-1] if leaves[0].dim() else 0
+        for leaf, shape in zip(leaves, layout.shapes, strict=True):
+            wanted = (batch, *shape, 1 if kind == "scalar" else channels)
+            if leaf.shape != wanted:
+                last = "1" if kind == "scalar" else "channels"
+                shown = ", ".join(map(str, (batch, *shape)))
+                raise ValueError(
+                    f"the diffusion of {kind} noise must return [{shown}, {last}], got {tuple(leaf.shape)}; "
+                    "noise_type='diagonal' takes one in the shape of z"
+                )
+            if leaf.dtype != layout.dtype and not (self._autocast is not None and leaf.is_floating_point()):
+                raise TypeError(f"diffusion must return the dtype of z, {layout.dtype}, got {leaf.dtype}")
+            if leaf.device != layout.device:
+                raise ValueError(f"diffusion must return tensors on {layout.device}, got {leaf.device}")
+        return channels
+
+    @torch.no_grad()
+    def _check_additive(self, t, z: Tensor, diffusion: Tensor):
+        """Raises ValueError where an additive diffusion answers to z: its solvers would leave terms out."""
+        try:
+            other = self.diffusion_with(t, 2.0 * z + 1.0, self.args)
+        except Exception:  # it refuses states that it would not meet
+            return
+        if not torch.equal(other, diffusion) and not bool((other.isnan() | diffusion.isnan()).any()):
+            raise ValueError(
+                "noise_type='additive' is for a diffusion of t alone, but this one changes with z; "
+                "use noise_type='general', or 'scalar' or 'diagonal' where it is of that kind"
+            )
+
+    def _bind(self, channels: int) -> Paths:
+        layout = self.layout
+        if isinstance(self._source, BrownianTree):
+            return self._source.bind(*self._horizon, layout.batch, channels, layout.work_dtype)
+        shape = tuple(self._source.shape)
+        if shape != (layout.batch, channels):
+            raise ValueError(
+                f"brownian must have the shape (batch, channels) = {(layout.batch, channels)}, got {shape}"
+            )
+        return Foreign(self._source)
+
+    @property
+    def resolution(self) -> float:
+        """The length of the shortest intervals on which all samples' paths are known."""
+        if not isinstance(self._source, BrownianTree):
+            return 0.0
+        start, span = self._horizon
+        return resolution(start, span)
+
+    def on(self, rows: Tensor | None) -> NoisyField | NoisyPart:
+        """The coefficients for the samples `rows` (ascending indices) only."""
+        return self if rows is None else NoisyPart(self, rows, padded=not self.can_shrink())
+
+
+class NoisyPart(Part):
+    """A `NoisyField` on some of the samples."""
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether every component has a Brownian motion of its own."""
+        return self.field.diagonal
+
+    @property
+    def paths(self) -> Paths:
+        """The Brownian paths of the samples."""
+        return self.field.paths.on(self.rows)
+
+    def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
+        """See `NoisyField.diffusion`."""
+        if not self.padded:
+            return self.field.diffusion_with(t, z, self.args)
+        everyone = self.field._filler[1].index_copy(0, self.rows, z)
+        return self.field.diffusion(t, everyone).index_select(0, self.rows)
+
+    def spread(self, t: Tensor, z: Tensor) -> Tensor:
+        """See `NoisyField.spread`."""
+        return _spread(self.diffusion(t, z), self.diagonal)
+
+
+def _spread(diffusion: Tensor, diagonal: bool) -> Tensor:
+    return 3.0 * (diffusion.abs() if diagonal else torch.linalg.vector_norm(diffusion, dim=2))
+
+
+class Driven:
+    """The coefficients for one step, with the noise between its ends.
+
+    Args:
+        field: drift and diffusion of the samples. diagonal: whether the noise is.
+        paths: of the same samples. t, t_end: the step's ends, [groups].
+    """
+
+    def __init__(self, field: NoisyField | NoisyPart | Between, diagonal: bool, paths: Paths, t: Tensor, t_end: Tensor):
+        self.field, self.diagonal, self.paths, self.ends = field, diagonal, paths, (t, t_end)
+        self.layout, self.joint, self.times, self.diffusion = field.layout, field.joint, field.times, field.diffusion
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """The drift, [samples, features]."""
+        return self.field(t, z)
+
+    @functools.cached_property
+    def noise(self) -> Noise:
+        """Over the step."""
+        return self.paths.between(torch.stack(self.ends))[0]
+
+    @functools.cached_property
+    def halves(self) -> list[Noise]:
+        """Over the step's first half, and over its second one."""
+        t, t_end = self.ends
+        return self.paths.between(torch.stack([t, t + 0.5 * (t_end - t), t_end]))
+
+    def times_noise(self, diffusion: Tensor, noise: Tensor) -> Tensor:
+        """The product of the diffusion with noise [samples, channels], [samples, features]."""
+        return diffusion * noise if self.diagonal else torch.einsum("bfm,bm->bf", diffusion, noise)
+
+
+# -- a solve of an SDE -------------------------------------------------------------------------------------------------
+
+
+def source(seed: int | None, brownian, equation: ODE | SDE, solver, control) -> BrownianTree | None:
+    """Where the noise of a solve comes from: a `BrownianTree` with a seed, or torchsde's object. None for an ODE.
+
+    Raises:
+        TypeError, ValueError: seed and brownian are no such things, or don't go with the other arguments.
+    """
+    if not isinstance(equation, SDE):
+        for name, x in (("seed", seed), ("brownian", brownian)):
+            if x is not None:
+                raise ValueError(f"{name} is for SDEs: an ODE has no noise; leave it out")
+        return None
+    if brownian is None:
+        return BrownianTree(seed).drawn()
+    if seed is not None:
+        raise ValueError("seed and brownian were both given; give the seed to the BrownianTree")
+    if isinstance(brownian, BrownianTree):
+        return brownian.drawn()
+    if not (callable(brownian) and hasattr(brownian, "levy_area_approximation") and hasattr(brownian, "shape")):
+        raise TypeError(
+            "brownian must be a BrownianTree, or a Brownian object of torchsde's such as a BrownianInterval, got "
+            f"{type(brownian).__name__}"
+        )
+    if control.per_sample:
+        raise ValueError(
+            "a Brownian object of torchsde's answers for the whole batch at one time: use control='joint', or a "
+            "nde.BrownianTree"
+        )
+    if solver.uses_area and brownian.levy_area_approximation == "none":
+        raise ValueError(
+            f"solver {solver.name!r} uses the space-time Lévy area of the noise: make the Brownian object with "
+            "levy_area_approximation='space-time'"
+        )
+    return brownian
+
+
+def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoint, events) -> None:
+    """Raises where a solve of an SDE is asked for what it can't do.
+
+    Args:
+        times: [times, groups]. timed: whether they want gradients.
+    """
+    if layout.work_dtype.is_complex:
+        raise TypeError("z0 must be real: the noise of an SDE is; write a complex state as two real ones")
+    if bool((times[-1] < times[0]).any()):
+        raise ValueError("t must increase: an SDE is solved forward in time")
+    if timed:
+        raise ValueError("t must not require a gradient: a path of an SDE has no derivative with respect to time")
+    if events:
+        raise ValueError(
+            "events are for ODEs: between two steps a path may cross any level unseen; look for them in solution.zs"
+        )
+    if not adjoint.exact:
+        raise ValueError(
+            f"adjoint={adjoint.name!r} solves the adjoint equation of an ODE backwards; for SDEs use 'checkpointed' or "
+            "'direct', whose gradients are exact"
+        )
+
+
+def with_noise(problem):
+    """A problem with what an SDE's steps need: they end at the outputs, and stay above what its paths resolve.
+
+    Between the ends of steps a path is rough: the state there has another law than any interpolant.
+
+    Raises:
+        ValueError: dt0 is below that.
+    """
+    stops = problem.stops
+    if problem.interior is not None:
+        outputs = problem.interior.flatten()[:, None] if problem.joint else problem.interior
+        stops = outputs if stops is None else torch.cat([outputs, stops])
+    least = 4.0 * problem.field.resolution
+    if problem.dt0 is not None and problem.dt0 < least:
+        raise ValueError(f"dt0 must be at least {least:.3g}, below which the noise is not resolved, got {problem.dt0}")
+    if not problem.control.adaptive:
+        return dataclasses.replace(problem, stops=stops)
+    return dataclasses.replace(problem, stops=stops, dt_min=max(least, problem.dt_min or 0.0))
