@@ -3,7 +3,8 @@
 from . import adjoints, introspection, solvers
 from ._version import __version__
 from .control import StepControl
-from .equations import ODE
+from .equations import ODE, SteadyState
+from .equilibrium import Equilibrium
 from .errors import (
     MaxStepsReached,
     NeuralDEError,
@@ -15,13 +16,16 @@ from .errors import (
 )
 from .events import Event, Occurrences
 from .introspection import probe
-from .layers import AppendTime, NeuralODE, TimeChain, compile
+from .layers import AppendTime, DeepEquilibrium, NeuralODE, TimeChain, VariationalDropout, compile
 from .solution import Solution, Statistics, Steps
 from .solve import solve
+from .termination import Termination
 
 __all__ = [
     "ODE",
     "AppendTime",
+    "DeepEquilibrium",
+    "Equilibrium",
     "Event",
     "MaxStepsReached",
     "NeuralDEError",
@@ -33,10 +37,13 @@ __all__ = [
     "SolveWarning",
     "Statistics",
     "Status",
+    "SteadyState",
     "StepControl",
     "StepSizeUnderflow",
     "Steps",
+    "Termination",
     "TimeChain",
+    "VariationalDropout",
     "__version__",
     "adjoints",
     "compile",

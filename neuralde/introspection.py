@@ -31,7 +31,10 @@ from .replay import Schedule, make_step, past_at, replay_all
 from .retrace import lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
+from .stability import contraction, end, spectral_radius
 from .state import Layout
+
+__all__ = ["Probe", "contraction", "measure", "probe", "probe_last", "probe_solution", "replay", "spectral_radius"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,42 @@ def probe_solution(
         for name, x in both.items()
     }
     return Probe(solver=solution.solver, **values)
+
+
+def probe_last(solution: Solution) -> Probe:
+    """The last step of a solve for a steady state, made again as `probe` makes one; its start is a constant.
+
+    Args:
+        solution: an `Equilibrium` of a solver for ODEs. A method that builds on earlier steps is stood in for by the
+            one that it starts with.
+
+    Returns:
+        A `Probe`; its figures are 0 for samples that got lost or began at rest.
+    """
+    problem, steps, batch = solution._problem, solution.steps, len(solution.status)
+    last = (steps.mask.sum(dim=0) - 1).clamp(min=0)
+    everyone = torch.arange(batch, device=last.device)
+    if not len(steps):
+        dt = torch.zeros(batch, dtype=problem.times.dtype, device=last.device)
+    else:
+        dt = torch.where(steps.mask.any(dim=0), steps.dt[last, everyone], 0.0)
+    method = solution.solver.parts[0]
+    start = solution.ts[-1] - dt
+    at = end(solution, problem.rest.before.detach())
+
+    def own(x):
+        x = x if at.rows is None else x.index_select(0, at.rows)
+        return x[:1] if problem.joint else x
+
+    t, dt = own(start), own(dt)
+    part = problem.field if at.rows is None else problem.field.on(at.rows)
+    moved = dataclasses.replace(problem, field=part, solver=method, norm=problem.norm.on(at.rows))
+    found = _look(moved, t, at.z, at.f(at.z).to(at.z.dtype), torch.where(dt == 0, 1e-6, dt))
+    if at.rows is None:
+        return found
+    values = {name: x for name, x in vars(found).items() if name not in ("solver", "z")}
+    values = {name: None if x is None else at.spread(x, batch) for name, x in values.items()}
+    return Probe(z=None, solver=found.solver, **values)
 
 
 def _methods(solution: Solution, t: Tensor, solver: str | Solver | None) -> list[tuple[Solver, Tensor]]:

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import adjoints, compiled, solvers, transforms
+from . import adjoints, compiled, solvers, steady, transforms
 from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
-from .equations import ODE
+from .equations import ODE, SteadyState
 from .errors import NeuralDEError, SolveWarning, failure
 from .events import Event, Watch
 from .events import parse as parse_events
@@ -27,22 +27,23 @@ from .problem import Problem
 from .solution import Solution
 from .solvers import Solver
 from .state import Layout
+from .termination import Termination
 
 
 def solve(
-    equation: ODE,
+    equation: ODE | SteadyState,
     z0,
-    t,
+    t=None,
     solver: str | Solver = "tsit5",
     rtol=1e-3,
     atol=1e-6,
     control: str | StepControl = "per_sample",
-    adjoint: str | Adjoint = "checkpointed",
+    adjoint: str | Adjoint = "default",
     args=None,
-    max_steps: int = 4096,
+    max_steps: int | None = None,
     dt0: float | None = None,
     dense: bool = False,
-    on_failure: str = "raise",
+    on_failure: str = "default",
     *,
     dt_min: float | None = None,
     dt_max: float | None = None,
@@ -51,32 +52,40 @@ def solve(
     events: Event | list[Event] | None = None,
     observer=None,
     compile: bool = False,
+    termination: str | Termination | None = None,
 ) -> Solution:
-    """Solves dz/dt = f(t, z) for a batch of samples.
+    """Solves dz/dt = f(t, z) for a batch of samples, on a horizon or to its steady state.
 
     Args:
-        equation: an `ODE`.
+        equation: an `ODE`, or a `SteadyState`: what differs for that is said below.
         z0: initial state: a tensor [batch, ...], or a tuple or dict of them; floating-point or complex. bfloat16 and
             float16 states are stepped in float32 arithmetic, f still sees their own dtype.
         t: (t0, t1), a 1-D tensor of output times, or [batch, times]: strictly increasing or decreasing, at least two.
-            The first is where the solve starts, the last where it ends; those between cost no steps.
-        solver: a name (see `neuralde.solvers.SOLVERS`) or a solver object.
+            The first is where the solve starts, the last where it ends; those between cost no steps. Of a steady state
+            it may be left out, or be the time at which a solve that has not come to rest is ended: a number, or (t0,
+            t1); the iterations count t in steps.
+        solver: a name (see `neuralde.solvers.SOLVERS`) or a solver object. Steady states also have iterations:
+            "fixed_point", "anderson", "broyden" and "newton".
         rtol, atol: tolerances of the error test |error| ≤ atol + rtol·max(|z|, |z_next|), in RMS. rtol > 0, atol ≥ 0.
             A number; or one per component: a tensor that broadcasts to z0 (or to one sample of it), or a tuple or dict
             of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test.
         control: "per_sample", every sample has its own step size and its answer does not depend on the others; or
             "joint", one step size and one RMS norm for the whole batch. Or a `StepControl`.
-        adjoint: how gradients are computed. "checkpointed", exact ones at one state of memory per step; or
+        adjoint: how gradients are computed; "default" is "checkpointed", or "implicit" for a steady state.
+            "checkpointed", exact ones at one state of memory per step; or
             `nde.adjoints.Checkpointed(checkpoints=k)`, at k states. "direct", exact ones with everything on the tape:
             the one that torch.func's transforms (jvp, vmap, ...) and forward-mode AD go through; the copies of a sample
             that vmap solves share their steps, the worst one decides. "backsolve", "interpolating", "quadrature": those
-            of an equation solved backwards, to its tolerances. See `neuralde.adjoints` for their options.
+            of an equation solved backwards, to its tolerances. For a steady state: "implicit" and its approximations
+            "neumann", "jfb" and "phantom"; or "direct". See `neuralde.adjoints` for their options.
         args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
-        max_steps: attempted steps per sample, rejected ones included.
+        max_steps: attempted steps per sample, rejected ones included; None is 4096, or 1000 for an
+            iteration.
         dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
         dense: keep every step's stages, so that `solution(t)` need not evaluate f again (when no gradient is wanted).
         on_failure: "raise" an error that says which samples failed, where and why; "warn", and go on with the other
-            samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why.
+            samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why. "default"
+            is "raise", or "warn" for a steady state, whose samples that did not converge have their best state.
         dt_min: least step size, positive. A step that fails the error test at that size fails the solve. (Steps that
             share what is left before an end or a stop may be smaller.)
         dt_max: largest step size, positive.
@@ -91,6 +100,8 @@ def solve(
         compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
             seconds; they serve all later solves with this f. On the CPU, for explicit adaptive methods, and gradients
             by "checkpointed". Where that can't be, one warning says why, and the solve is made as without it.
+        termination: of a steady state: when it has been reached, a mode or an `nde.Termination`; None is
+            `nde.Termination()`, by rtol and atol.
 
     Returns:
         A `Solution`.
@@ -124,6 +135,7 @@ def solve(
         compile,
         dense,
         on_failure,
+        termination,
     )
 
 
@@ -143,10 +155,20 @@ def _solve(
     compile,
     dense,
     on_failure,
+    termination,
 ) -> Solution:
+    if isinstance(equation, SteadyState):
+        unknown = stops | {"events": events}
+        options = adjoint, args, steps, unknown, observer, compile, dense, on_failure, termination
+        return steady.solve(equation, z0, t, solver, tolerances, control, *options)
     if not isinstance(equation, ODE):
-        hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
-        raise TypeError(f"equation must be an nde.ODE, got {type(equation).__name__}{hint}")
+        hint = "; wrap it: nde.ODE(f), or nde.SteadyState(f) for a fixed point of f" if callable(equation) else ""
+        raise TypeError(f"equation must be an nde.ODE or an nde.SteadyState, got {type(equation).__name__}{hint}")
+    if termination is not None:
+        raise ValueError("termination is of steady states, and an nde.ODE is solved to the end of its horizon t")
+    adjoint = "checkpointed" if adjoint == "default" else adjoint
+    on_failure = "raise" if on_failure == "default" else on_failure
+    steps = steps | {"max_steps": 4096} if steps["max_steps"] is None else steps
     layout = Layout.of(z0)
     max_steps, *sizes = (steps[name] for name in ("max_steps", "dt0", "dt_min", "dt_max"))
     _control.check_max_steps(max_steps)
@@ -206,6 +228,18 @@ def chosen(
         TypeError, ValueError: there is no such thing, or they don't go together.
     """
     solver, control, adjoint = solvers.get(solver), _control.get(control), adjoints.get(adjoint)
+    if solver.discrete:
+        able = ", ".join(x.name for x in solvers.SOLVERS.values() if not x.discrete)
+        raise ValueError(
+            f"solver {solver.name!r} finds steady states (nde.SteadyState, nde.DeepEquilibrium), it has no steps in "
+            f"time; on a horizon take one of {able}"
+        )
+    if not adjoint.of_horizons:
+        able = ", ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.of_horizons)
+        raise ValueError(
+            f"adjoint {adjoint.name!r} differentiates steady states (nde.SteadyState, nde.DeepEquilibrium); on a "
+            f"horizon take one of {able}"
+        )
     if control.adaptive and not solver.adaptive:
         control = replace(control, adaptive=False)
     if not control.adaptive and dt0 is None:

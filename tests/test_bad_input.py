@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ADJOINTS, CONTROLS, FIXED, SOLVERS, options, refused
+from helpers import ADJOINTS, CONTROLS, EQUILIBRIUM, FIXED, SOLVERS, options, refused
 from torch import nn
 
 import neuralde as nde
@@ -156,7 +156,7 @@ def test_names_are_taken_once():
         for name, value in known.items():
             with refused(ValueError, name, "registered already"):
                 registry.register(value)
-    assert list(nde.solvers.SOLVERS) == SOLVERS
+    assert list(nde.solvers.SOLVERS) == SOLVERS + EQUILIBRIUM
 
 
 def test_a_method_without_an_error_estimate_cant_be_adaptive():

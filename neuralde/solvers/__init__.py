@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from ..registry import Registry
 from . import tableaus
+from .anderson import Anderson
 from .auto import Auto
 from .base import Past, Solver, Step, VectorField, Work
+from .broyden import Broyden
 from .foreign import Foreign, speaks_torchdyn
 from .implicit_euler import ImplicitEuler
+from .iteration import FixedPoint, Iteration
 from .multistep import VCAB3
+from .newton import Newton
 from .rosenbrock import Rosenbrock, RosenbrockTableau
 from .runge_kutta import RungeKutta, Tableau
 from .switching import Switching
 
 __all__ = [
     "SOLVERS",
+    "Anderson",
     "Auto",
+    "Broyden",
+    "FixedPoint",
     "Foreign",
     "ImplicitEuler",
+    "Iteration",
+    "Newton",
     "Past",
     "Rosenbrock",
     "RosenbrockTableau",
@@ -68,3 +77,5 @@ for _name, _rosenbrock in (("rosenbrock23", tableaus.ROSENBROCK23), ("rodas5p", 
     register(Rosenbrock(_name, _rosenbrock))
 register(VCAB3(get("bs3")))
 register(Auto("auto", get("tsit5"), get("rodas5p")))
+for _iteration in (FixedPoint(), Anderson(), Broyden(), Newton()):
+    register(_iteration)
