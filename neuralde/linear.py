@@ -124,7 +124,11 @@ class _Basis:
         self.vectors[:, 0] = first
 
     def extend(self, product: Product) -> tuple[Tensor, Tensor]:
-        """Adds A times the last vector. Returns its parts along the others, [batch, count], and what else it is long."""
+        """Adds A times the last vector.
+
+        Returns:
+            Its parts along the others, [batch, count], and the length of what is left, [batch].
+        """
         known = self.vectors[:, : self.count]
         w = product(known[:, -1])
         column = torch.bmm(w[:, None], known.mT)

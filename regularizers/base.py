@@ -25,7 +25,12 @@ class Regularizer(nn.Module, abc.ABC):
     A layer that is called several times in one forward pass holds its last solution, and only that one is penalized.
 
     `step()` advances the schedule; `state_dict()` keeps its position.
+
+    Attributes:
+        of_steady: whether it is made for steady states, which deep equilibria solve for.
     """
+
+    of_steady = False
 
     def __init__(self, weight: float | Schedule = 1.0):
         super().__init__()

@@ -22,8 +22,7 @@ class EquilibriumJacobian(Regularizer):
         probability: with which it is applied at a call; else it is 0 and costs nothing.
         samples: of ε.
         weight: a number or a schedule.
-        through_state: whether the gradient also flows into z*, which costs one more evaluation per backward pass through
-            it. The published code cuts it.
+        through_state: whether the gradient also flows into z*. The published code cuts it.
         generator: a torch.Generator to draw from.
 
     Raises:
@@ -32,6 +31,8 @@ class EquilibriumJacobian(Regularizer):
     Source: Bai, Koltun & Kolter 2021, "Stabilizing equilibrium models by Jacobian regularization", equation 5 and
     table 4; d has the features of a sample, and the mean is over the batch, as in its code.
     """
+
+    of_steady = True
 
     def __init__(
         self,
@@ -86,6 +87,8 @@ class Skip(Regularizer):
     Source: Pal et al. 2023, "Continuous deep equilibrium models", section 3.2; L1 and the mean as in its code.
     """
 
+    of_steady = True
+
     def __init__(self, weight: float | Schedule = 1.0, detach_target: bool = False):
         super().__init__(weight)
         if not isinstance(detach_target, bool):
@@ -119,6 +122,8 @@ class Contraction(Regularizer):
 
     Source: the thesis names solver heuristics as penalties for deep equilibria as future work.
     """
+
+    of_steady = True
 
     def __init__(self, weight: float | Schedule = 1.0, error: bool = True, stiffness: bool = True):
         super().__init__(weight)

@@ -49,7 +49,8 @@ class DeepEquilibrium(nn.Module):
         TypeError, ValueError: an argument is wrong, or options don't go together; or f mixes samples (batch
             normalization in training mode) under per-sample control.
 
-    Source: Bai, Kolter & Koltun, "Deep equilibrium models", 2019; Pal et al. 2023, "Continuous deep equilibrium models".
+    Source: Bai, Kolter & Koltun, "Deep equilibrium models", 2019; Pal et al. 2023, "Continuous deep equilibrium
+    models".
     """
 
     def __init__(
