@@ -5,7 +5,8 @@ from ._version import __version__
 from .brownian import BrownianTree
 from .control import StepControl
 from .diagnose import Diagnosis, diagnose
-from .equations import ODE, SDE
+from .equations import ODE, SDE, SteadyState
+from .equilibrium import Equilibrium
 from .errors import (
     MaxStepsReached,
     NeuralDEError,
@@ -17,16 +18,19 @@ from .errors import (
 )
 from .events import Event, Occurrences
 from .introspection import probe
-from .layers import AppendTime, NeuralODE, NeuralSDE, TimeChain, compile
+from .layers import AppendTime, DeepEquilibrium, NeuralODE, NeuralSDE, TimeChain, VariationalDropout, compile
 from .solution import Solution, Statistics, Steps
 from .solve import solve
+from .termination import Termination
 
 __all__ = [
     "ODE",
     "SDE",
     "AppendTime",
     "BrownianTree",
+    "DeepEquilibrium",
     "Diagnosis",
+    "Equilibrium",
     "Event",
     "MaxStepsReached",
     "NeuralDEError",
@@ -39,10 +43,13 @@ __all__ = [
     "SolveWarning",
     "Statistics",
     "Status",
+    "SteadyState",
     "StepControl",
     "StepSizeUnderflow",
     "Steps",
+    "Termination",
     "TimeChain",
+    "VariationalDropout",
     "__version__",
     "adjoints",
     "compile",

@@ -56,7 +56,9 @@ class _Discovery:
     def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, taped: bool):
         self.problem, self.taped, self.z0 = problem, taped, z0
         self.solver, self.control, self.watch = problem.solver, problem.control, problem.watch
-        self.close = problem.keep_stages or any(x is not None for x in (problem.interior, problem.watch, problem.tally))
+        self.close = problem.keep_stages or any(
+            x is not None for x in (problem.interior, problem.watch, problem.tally, problem.rest)
+        )
         self.switching = len(self.solver.parts) > 1
         self.bounded = problem.dt_min is not None or problem.dt_max is not None
         self.records: list[Record] = []
@@ -124,13 +126,13 @@ class _Discovery:
             lane.ended = torch.zeros(len(self.z0), dtype=torch.bool, device=self.z0.device)
         return lane
 
-    def _enter(self, lane: Lane) -> Lane:
-        """Makes what depends on the samples in the lane and on their method."""
+    def _enter(self, lane: Lane, memory=None) -> Lane:
+        """Makes what depends on the samples in the lane and on their method. memory: what it goes on with, or None."""
         p, solver = self.problem, self.solver.parts[lane.part]
         lane.tools = Tools(
             solver=solver,
             f=p.field.on(lane.rows),
-            memory=solver.memory(lane.z, self.taped),
+            memory=solver.memory(lane.z, self.taped) if memory is None else memory,
             judge=_control.judge(lane.z.detach(), solver, p.norm.on(lane.rows), self.switching),
             exponents=self.control.exponents(solver.order, solver.exponents),
             since=self.attempts,
@@ -138,6 +140,8 @@ class _Discovery:
         return lane
 
     def run(self) -> Trajectory:
+        if self.problem.rest is not None:
+            self._begin_rest(self.lanes[0])
         if not all_finite(self.lanes[0].slope):
             self._fail_at_start(self.lanes[0])
         while self.attempts < self.problem.max_steps:
@@ -178,7 +182,7 @@ class _Discovery:
                 ratio = None
                 ok = lane.live & m.finite(m.read(step.z.sum()[None] if self.problem.joint else step.z.sum(dim=1)))
             accepted = m.count(ok)
-        if accepted and not tools.solver.closes:
+        if accepted and (not tools.solver.closes or (self.problem.rest is not None and step.slope_end is None)):
             step, ok, ratio = self._closed(lane, t, dt, s_end, ok, step, ratio)
             accepted = m.count(ok)
             if ratio is not None:
@@ -192,7 +196,7 @@ class _Discovery:
             lane.calls = lane.calls + tools.solver.calls_per_step * lane.live
 
         # Accept.
-        finished = last if everyone else ok & last
+        finished, lost = last if everyone else ok & last, False
         if accepted:
             if self.taped and not everyone:
                 step = self._without_rejected(lane, t, dt, ok, step)
@@ -202,9 +206,13 @@ class _Discovery:
             ended = None if self.watch is None else self._detect(lane, t, dt, s_end, ok, step)
             if self.problem.tally is not None:
                 self.problem.tally.add(lane.rows, t, dt, m.tensor(ok, t), tools.solver, step.stages, lane.z)
+            start = lane.z
             self._advance(lane, dt, step, s_end, ok, everyone)
             if ended is not None:
                 finished = finished | self._end(lane, ended)
+            if self.problem.rest is not None:
+                settled, lost = self._settle(lane, start, ok, figures, h)
+                finished = finished | settled
         tools.judge.advance(everyone)
         if accepted < unfinished:
             lane.rejected = lane.rejected + (lane.live & m.invert(ok))
@@ -225,7 +233,7 @@ class _Discovery:
             lane.live = lane.live & m.invert(finished)
         lane.latest = figures, h
         lane.unfinished = unfinished - arrived
-        if accepted < unfinished or lane.stops is not None or self.attempts % _CHECK_EVERY == 0:
+        if accepted < unfinished or lost or lane.stops is not None or self.attempts % _CHECK_EVERY == 0:
             self._fail_hopeless(lane, ok, ratio, figures, h)
             lane.unfinished = m.count(lane.live)
 
@@ -268,7 +276,7 @@ class _Discovery:
         return m.where(last, left, h), last
 
     def _closed(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure, ok: Figure, step: Step, ratio: Figure):
-        """Accepted steps with the slope at their ends, which the method leaves to the loop.
+        """Accepted steps with the slope at their ends, which the method leaves to the loop, or has no use for.
 
         Returns:
             The step; which are accepted still, and the error ratios: infinite where f is not finite at the end.
@@ -306,11 +314,52 @@ class _Discovery:
         known = slope is not None and lane.slope is not None
         lane.slope = torch.where(column, slope, lane.slope) if known else slope
 
+    # -- steady states -----------------------------------------------------------------------------------------------
+
+    def _begin_rest(self, lane: Lane):
+        """Ends the samples that are at rest from the start."""
+        codes = self.problem.rest.begin(lane.z, lane.slope)
+        if codes is not None:
+            lane.live = lane.live & lane.m.invert(self._stop(lane, codes))
+            lane.unfinished = lane.m.count(lane.live)
+
+    def _settle(self, lane: Lane, start: Tensor, ok: Figure, figures: Tensor | None, h: Figure) -> tuple[Figure, bool]:
+        """Ends the samples that have come to rest, and those that never will.
+
+        Returns:
+            The former; and whether there are some of the latter.
+        """
+        m = lane.m
+        accepted = m.tensor(ok, self.like)
+        residual, codes = self.problem.rest.look(lane.rows, start, lane.z, lane.slope, accepted, self.attempts)
+        if self.problem.recorded:
+            self.records[-1].residual = residual
+        if codes is None:
+            return m.full(False, lane.live), False
+        settled = self._stop(lane, codes)
+        status = m.read(codes)
+        lost = status > 0
+        if not m.count(lost):
+            return settled, False
+        lane.status = m.where(lost, status, lane.status)
+        lane.fail(lost, figures, h)
+        return settled, True
+
+    @staticmethod
+    def _stop(lane: Lane, codes: Tensor) -> Figure:
+        """Lets the samples that have come to rest stand where they are. Returns which."""
+        m = lane.m
+        settled = m.read(codes) == int(Status.SUCCESS)
+        lane.s1, lane.stop = (m.where(settled, lane.s, x) for x in (lane.s1, lane.stop))
+        return settled
+
     def _fail_hopeless(self, lane: Lane, ok: Figure, ratio: Figure | None, figures: Tensor | None, h: Figure):
         """Ends the samples whose next step would be too small to move t, and fixed steps that went wrong."""
         m = lane.m
         if self.control.adaptive:
-            least = m.maximum(abs(lane.s) * self.eps, (lane.s1 - lane.start) * LEAST)
+            least = abs(lane.s) * self.eps
+            if self.problem.rest is None:
+                least = m.maximum(least, (lane.s1 - lane.start) * LEAST)
             small = lane.h <= least
             if self.problem.dt_min is not None:
                 small = small | (m.invert(ok) & (h <= self.problem.dt_min))
@@ -524,7 +573,8 @@ class _Discovery:
 
     def _compact(self, lane: Lane) -> Lane:
         self.parts.append(lane.keep((~lane.live).nonzero().flatten()))
-        smaller = self._enter(lane.keep(lane.live.nonzero().flatten()))
+        staying = lane.live.nonzero().flatten()
+        smaller = self._enter(lane.keep(staying), lane.tools.solver.carried(lane.tools.memory, staying))
         self.lanes[self.lanes.index(lane)] = smaller
         return smaller
 

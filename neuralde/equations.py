@@ -7,8 +7,22 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Usual(NamedTuple):
+    """The options of `solve` that an equation has where they are not given; None where more than its kind decides."""
+
+    solver: str | None = "tsit5"
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    adjoint: str = "checkpointed"
+    max_steps: int | None = 4096
+    on_failure: str = "raise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +42,7 @@ class ODE:
 
     f: Callable
     takes_time: bool = field(init=False)
+    usual: ClassVar[Usual] = Usual()
 
     def __post_init__(self):
         if not callable(self.f):
@@ -36,6 +51,99 @@ class ODE:
                 "pass a function or an nn.Module"
             )
         object.__setattr__(self, "takes_time", required_arguments(self.f) != 1)
+
+    @property
+    def takes_args(self) -> bool:
+        """Whether f can be given a last argument."""
+        return self.takes_time
+
+
+@dataclass(frozen=True, eq=False)
+class SteadyState:
+    """The steady state of dz/dt = f(z) - z: the fixed point z* = f(z*) of a map.
+
+    Args:
+        f: the map, a function or `nn.Module`, called as `f(z)`, or `f(z, args)` when the solve is given `args`. It
+            returns the next z, with the structure, shape, dtype and device of z. See `of` for the steady state of an
+            equation that is given as dz/dt.
+
+    Attributes:
+        ode: the `ODE` whose steady state it is. Solved on a horizon by "euler" with dt0=1, its n-th step is the n-th
+            iterate of f.
+
+    Raises:
+        TypeError: f is not callable.
+    """
+
+    f: Callable
+    ode: ODE = field(init=False)
+    usual: ClassVar[Usual] = Usual(adjoint="implicit", max_steps=None, on_failure="warn")
+
+    def __post_init__(self):
+        if isinstance(self.f, ODE):
+            raise TypeError("f must be a map z -> f(z), got an nde.ODE; use nde.SteadyState.of(ode)")
+        if not callable(self.f):
+            raise TypeError(
+                f"f must be a callable f(z) or f(z, args), got {type(self.f).__name__}; pass a function or an nn.Module"
+            )
+        object.__setattr__(self, "ode", _Relaxation(_Excess(self.f)))
+
+    @classmethod
+    def of(cls, ode: ODE) -> SteadyState:
+        """The steady state of an ODE, where its dz/dt is 0: the fixed point of z + f(t, z).
+
+        Args:
+            ode: autonomous as a rule. t is where the solve stands; the discrete solvers count it in steps.
+
+        Raises:
+            TypeError: not an `ODE`.
+        """
+        if not isinstance(ode, ODE):
+            hint = "; for a map use nde.SteadyState(f)" if callable(ode) else ""
+            raise TypeError(f"ode must be an nde.ODE, got {type(ode).__name__}{hint}")
+        steady = object.__new__(cls)
+        object.__setattr__(steady, "f", ode.f)
+        object.__setattr__(steady, "ode", ode)
+        return steady
+
+
+class _Excess:
+    """f(z) - z of a map f."""
+
+    def __init__(self, f: Callable):
+        self.f = f
+
+    def __call__(self, z, *args):
+        value = self.f(z, *args)
+        if isinstance(z, Tensor) and isinstance(value, Tensor):
+            return _difference(value, z)
+        leaves, tree = pytree.tree_flatten(z)
+        values, got = pytree.tree_flatten(value)
+        if got != tree:
+            wanted = "a tensor" if isinstance(z, Tensor) else f"the structure of z, {tree}"
+            raise TypeError(f"f must return {wanted}, got {type(value).__name__} with structure {got}")
+        return pytree.tree_unflatten([_difference(v, x) for v, x in zip(values, leaves, strict=True)], tree)
+
+
+def _difference(value, z: Tensor) -> Tensor:
+    # Subtraction would broadcast one shape to the other.
+    if not isinstance(value, Tensor):
+        raise TypeError(f"f must return tensors like z, got a {type(value).__name__}")
+    if value.shape != z.shape:
+        raise ValueError(f"f must return f(z) in the shape of z, {tuple(z.shape)}, got {tuple(value.shape)}")
+    return value - z
+
+
+@dataclass(frozen=True, eq=False)
+class _Relaxation(ODE):
+    """dz/dt = f(z) - z, whose f takes no time but may take args."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "takes_time", False)
+
+    @property
+    def takes_args(self) -> bool:
+        return True
 
 
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
@@ -69,6 +177,7 @@ class SDE:
     sde_type: str = "ito"
     f: Coefficients = field(init=False)
     takes_time = True
+    usual: ClassVar[Usual] = Usual(solver=None, rtol=1e-2, atol=1e-2)
 
     def __post_init__(self):
         for name in ("drift", "diffusion"):

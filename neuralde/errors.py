@@ -20,6 +20,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 2
     MAX_STEPS = 3
     NOT_CONVERGED = 4
+    DIVERGED = 5
 
     @property
     def message(self) -> str:
@@ -48,8 +49,15 @@ _MESSAGES = {
         "solver (solver='auto', 'rodas5p' or 'rosenbrock23') or regularization"
     ),
     Status.NOT_CONVERGED: (
-        "the steady state was not reached. Raise max_steps, loosen the termination tolerance, or make the map more "
-        "contractive"
+        "the residual stays above the tolerance without getting smaller, or the bound t of the horizon was reached "
+        "first. Raise t, loosen rtol/atol (or nde.Termination's), use a float64 state if the tolerance is near the "
+        "precision of the present one, or make the map more contractive (regularizers.EquilibriumJacobian)"
+    ),
+    Status.DIVERGED: (
+        "the residual grew without bound: the map expands there, or has no fixed point. Use damping "
+        "(nde.solvers.FixedPoint(damping=0.5)), solver='anderson', 'newton' or an ODE solver ('tsit5', or 'rodas5p' "
+        "for a stiff one); make the map contractive (regularizers.EquilibriumJacobian, weight or spectral "
+        "normalization), or start nearer to the steady state"
     ),
 }
 
@@ -82,7 +90,15 @@ class MaxStepsReached(NeuralDEError):
 
 
 class NotConverged(NeuralDEError):
-    """A steady state was asked for and not reached."""
+    """A steady state was asked for and not reached.
+
+    Attributes:
+        residual: per failed sample, list of float: the least residual, as the termination's mode measures it.
+        tolerance: what it was compared with.
+    """
+
+    residual: list[float]
+    tolerance: float
 
 
 class SolveWarning(UserWarning):
@@ -94,6 +110,7 @@ _TYPES = {
     Status.NON_FINITE: NonFiniteState,
     Status.MAX_STEPS: MaxStepsReached,
     Status.NOT_CONVERGED: NotConverged,
+    Status.DIVERGED: NotConverged,
 }
 
 _SHOWN = 5  # samples described one by one in a message; the rest are counted
@@ -168,3 +185,51 @@ def _number(value: float, missing: bool) -> str:
     if missing:
         return "no estimate with this solver"
     return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+_UNSETTLED = {
+    Status.MAX_STEPS: (
+        "max_steps ran out before the residual was within the tolerance. Where the ratio of successive residuals "
+        "(solution.steps.stiffness) is near 1 the map hardly contracts: take solver='anderson', 'broyden' or 'newton', "
+        "or raise max_steps; loosen rtol/atol (or nde.Termination's); or make the map more contractive "
+        "(regularizers.EquilibriumJacobian)"
+    ),
+    Status.NON_FINITE: (
+        "f returned NaN or infinity, or the state overflowed. Look at f near that state: a log or square root outside "
+        "its domain, a division by zero, an output that grows without bound. Try a bounded activation (tanh), damping, "
+        "another start, or check the input and the parameters for NaN"
+    ),
+}
+
+
+def unsettled(status, residual, t, depth, termination, joint: bool, solver) -> NotConverged:
+    """The error that describes the samples that did not come to rest.
+
+    Args:
+        status, residual, t, depth: [batch], of each sample when it stopped; depth in accepted steps.
+        termination: by which they would have converged.
+        joint: whether the batch ends as one.
+        solver: of the solve.
+    """
+    failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
+    columns = [x.detach().double()[failed].tolist() for x in (residual, t, depth)]
+    kinds = [Status(int(status[i])) for i in failed]
+    tolerance = termination.tolerance
+    lines = []
+    for i, kind, left, at, deep in list(zip(failed, kinds, *columns, strict=True))[: 1 if joint else _SHOWN]:
+        who = "the batch (joint control)" if joint else f"sample {i}"
+        where = "" if solver.discrete else f", at t = {at:.6g}"
+        lines.append(f"  {who}: {kind.name.lower()} after {int(deep)} steps{where}, residual = {_number(left, False)}")
+    if not joint and len(failed) > _SHOWN:
+        lines.append(f"  and {len(failed) - _SHOWN} more")
+    count = "the batch" if joint else f"{len(failed)} of {len(status)} samples"
+    said = {kind: _UNSETTLED.get(kind, _MESSAGES[kind]) for kind in dict.fromkeys(kinds)}
+    advice = "; ".join(f"{kind.name.lower()}: {text}" for kind, text in said.items())
+    error = NotConverged(
+        f"{count} did not reach a steady state with solver {solver.name!r} (residual by mode {termination.mode!r}, "
+        f"converged up to {tolerance:.3g}).\n" + "\n".join(lines) + f"\n{advice}.",
+        failed,
+        columns[1],
+    )
+    error.residual, error.tolerance = columns[0], tolerance
+    return error

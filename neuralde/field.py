@@ -54,7 +54,7 @@ class Field:
         self._simple = self._plain and equation.takes_time and args is None and self._autocast is None
         self._time_shape = () if joint else (-1, *(1,) * (layout.time_rank - 1))
         self._time_dtype = layout.dtype if layout.dtype != layout.work_dtype else layout.time_dtype
-        if args is not None and not equation.takes_time:
+        if args is not None and not equation.takes_args:
             raise TypeError("args was given, but f takes z alone; give f the signature f(t, z, args)")
 
     def times(self, t: Tensor, c: Tensor | None = None, dt: Tensor | None = None) -> Sequence[Tensor | None]:
@@ -111,7 +111,7 @@ class Field:
     def _apply(self, t, z: Tensor, args, f=None):
         f, z = self.equation.f if f is None else f, z if self._plain else self.layout.unpack(z)
         if not self.equation.takes_time:
-            return f(z)
+            return f(z) if args is None else f(z, args)
         return f(t, z) if args is None else f(t, z, args)
 
     def pure(self, f, t, z: Tensor, args) -> Tensor:

@@ -31,6 +31,7 @@ class Record:
         figures: of `control.Judge`, [1 to 5, groups], or None where the solver reports nothing.
         lens: on a tape, what error and stiffness can be differentiated from: the step without its stages.
         snapshot: [rows, n, features], the stages, where they are kept.
+        residual: of a steady state, at the step's end, [groups].
     """
 
     part: int
@@ -44,6 +45,7 @@ class Record:
     figures: Tensor | None
     lens: Step | None = None
     snapshot: Tensor | None = None
+    residual: Tensor | None = None
 
 
 _PARTS = 8  # in which the states are sorted: so much less than all of them is there twice at a time

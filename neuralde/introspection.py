@@ -32,8 +32,11 @@ from .replay import Schedule, make_step, past_at, replay_all
 from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
+from .stability import contraction, end, spectral_radius
 from .state import Layout
 from .stochastic import Driven, NoisyField, source
+
+__all__ = ["Probe", "contraction", "measure", "probe", "probe_last", "probe_solution", "replay", "spectral_radius"]
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,7 @@ def probe(
     layout = Layout.of(z)
     noisy = isinstance(f, SDE)
     control = _control.get(control)
-    if noisy:
-        solver = solvers.for_sde(solver, f)
-    else:
-        solver = solvers.get("tsit5" if solver is None else solver)
+    solver = solvers.for_sde(solver, f) if noisy else solvers.get(ODE.usual.solver if solver is None else solver)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
@@ -198,6 +198,42 @@ def probe_solution(
 def default_solver(solution: Solution) -> Solver:
     """What an SDE is solved with by default, for a probe of a solution whose own method reports too little."""
     return solvers.for_sde(None, solution._problem.field.equation)
+
+
+def probe_last(solution: Solution) -> Probe:
+    """The last step of a solve for a steady state, made again as `probe` makes one; its start is a constant.
+
+    Args:
+        solution: an `Equilibrium` of a solver for ODEs. A method that builds on earlier steps is stood in for by the
+            one that it starts with.
+
+    Returns:
+        A `Probe`; its figures are 0 for samples that got lost or began at rest.
+    """
+    problem, steps, batch = solution._problem, solution.steps, len(solution.status)
+    last = (steps.mask.sum(dim=0) - 1).clamp(min=0)
+    everyone = torch.arange(batch, device=last.device)
+    if not len(steps):
+        dt = torch.zeros(batch, dtype=problem.times.dtype, device=last.device)
+    else:
+        dt = torch.where(steps.mask.any(dim=0), steps.dt[last, everyone], 0.0)
+    method = solution.solver.parts[0]
+    start = solution.ts[-1] - dt
+    at = end(solution, problem.rest.before.detach())
+
+    def own(x):
+        x = x if at.rows is None else x.index_select(0, at.rows)
+        return x[:1] if problem.joint else x
+
+    t, dt = own(start), own(dt)
+    part = problem.field if at.rows is None else problem.field.on(at.rows)
+    moved = dataclasses.replace(problem, field=part, solver=method, norm=problem.norm.on(at.rows))
+    found = _look(moved, t, at.z, at.f(at.z).to(at.z.dtype), torch.where(dt == 0, 1e-6, dt))
+    if at.rows is None:
+        return found
+    values = {name: x for name, x in vars(found).items() if name not in ("solver", "z")}
+    values = {name: None if x is None else at.spread(x, batch) for name, x in values.items()}
+    return Probe(z=None, solver=found.solver, **values)
 
 
 def _methods(solution: Solution, t: Tensor, solver: str | Solver | None) -> list[tuple[Solver, Tensor]]:

@@ -7,6 +7,17 @@ import operator
 from .solution import Solution
 
 
+def _checked(sample: int, batch: int) -> int:
+    """The sample, if there is one of that number."""
+    try:
+        sample = operator.index(sample)
+    except TypeError:
+        raise TypeError(f"sample must be an integer, got {type(sample).__name__}") from None
+    if not 0 <= sample < batch:
+        raise ValueError(f"sample must be from 0 to {batch - 1}, got {sample}")
+    return sample
+
+
 def plot_solution(solution: Solution, sample: int = 0, axes=None):
     """Draws where a solver works hard: step size, error ratio and stiffness of one sample along t.
 
@@ -21,13 +32,7 @@ def plot_solution(solution: Solution, sample: int = 0, axes=None):
     Raises:
         ValueError: no such sample, or not three axes.
     """
-    batch = len(solution.status)
-    try:
-        sample = operator.index(sample)
-    except TypeError:
-        raise TypeError(f"sample must be an integer, got {type(sample).__name__}") from None
-    if not 0 <= sample < batch:
-        raise ValueError(f"sample must be from 0 to {batch - 1}, got {sample}")
+    sample = _checked(sample, len(solution.status))
     if axes is None:
         import matplotlib.pyplot as plt
 
@@ -61,6 +66,40 @@ def plot_solution(solution: Solution, sample: int = 0, axes=None):
     rejected = int(solution.stats.rejected[sample])
     axes[0].set_title(
         f"{solution.solver.name}, sample {sample}: {int(taken.sum())} steps, {rejected} rejected, "
+        f"NFE {int(solution.stats.nfe[sample])}"
+    )
+    return axes
+
+
+def plot_descent(solution: Solution, sample: int = 0, axes=None):
+    """Draws the residual of one sample against depth, on the way to its steady state.
+
+    Args:
+        solution: of `solve` for a `SteadyState`.
+        sample: which one.
+        axes: matplotlib axes to draw on; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: no such sample.
+    """
+    sample = _checked(sample, len(solution.status))
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    steps, first = solution.steps, solution._problem.rest.first.expand(len(solution.status))
+    residuals = [float(first[sample]), *steps.residual[steps.mask[:, sample], sample].tolist()]
+    axes.semilogy(range(len(residuals)), residuals, marker=".", label=f"{solution.solver.name}, sample {sample}")
+    axes.axhline(solution.termination.tolerance, linestyle="--", linewidth=0.8, color="grey")
+    axes.set_xlabel("depth (accepted steps)")
+    axes.set_ylabel("residual")
+    axes.grid(alpha=0.3)
+    status = "converged" if bool(solution.converged[sample]) else "did not converge"
+    axes.set_title(
+        f"{solution.solver.name}, sample {sample}: {status} in {len(residuals) - 1} steps, "
         f"NFE {int(solution.stats.nfe[sample])}"
     )
     return axes

@@ -31,6 +31,21 @@ class Impulses(Protocol):
         """
 
 
+class Rest(Protocol):
+    """What looks after every accepted step whether the samples have come to rest: see `termination.Rest`."""
+
+    def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
+        """Takes in the start; as `look` without a step."""
+
+    def look(
+        self, rows: Tensor | None, start: Tensor, z: Tensor, slope: Tensor, ok: Tensor, attempt: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residuals after a step, and codes of what has ended, both [groups]; no codes where nothing has."""
+
+    def verdict(self, status: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The status of the samples, [groups], and the states that they end with, [batch, features]."""
+
+
 class Tally(Protocol):
     """What is computed along the accepted steps, beside the solution."""
 
@@ -63,6 +78,7 @@ class Problem:
         recorded: whether the accepted steps are written down: not where only the end is wanted.
         impulses: by which the state jumps at some of the stops, or None.
         tally: what is shown every accepted step, or None.
+        rest: what ends the samples before the end of the horizon, which may be infinite then, or None.
         compile: whether compiled programs solve it, where they can.
         keep: at most how many states the solve keeps beside its start and its end (see `Held`); None for all of them.
     """
@@ -86,6 +102,7 @@ class Problem:
     recorded: bool = True
     impulses: Impulses | None = None
     tally: Tally | None = None
+    rest: Rest | None = None
 
     @property
     def joint(self) -> bool:
@@ -111,6 +128,11 @@ class Problem:
     def end(self) -> Tensor:
         """t1, [groups]."""
         return self._groups(self.times[-1])
+
+    @property
+    def elsewhere(self) -> Tensor:
+        """Other instants than t0, [groups]: t1, or a later one on an endless horizon."""
+        return torch.where(self.end.isfinite(), self.end, self.start + 1.0) if self.rest is not None else self.end
 
     @property
     def first_instant(self) -> Tensor:

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import adjoints, compiled, solvers, transforms
+from . import adjoints, compiled, solvers, steady, transforms
 from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
-from .equations import ODE, SDE
+from .equations import ODE, SDE, SteadyState
 from .errors import NeuralDEError, SolveWarning, failure
 from .events import Event, Watch
 from .events import parse as parse_events
@@ -28,30 +28,23 @@ from .solution import Solution
 from .solvers import Solver
 from .state import Layout
 from .stochastic import NoisyField, check_noisy, source, with_noise
-
-
-class _UsualName(str):
-    """A default that can be told from the same value given: SDEs have others."""
-
-
-class _UsualNumber(float):
-    """Likewise."""
+from .termination import Termination
 
 
 def solve(
-    equation: ODE | SDE,
+    equation: ODE | SDE | SteadyState,
     z0,
-    t,
-    solver: str | Solver = _UsualName("tsit5"),  # noqa: B008  (immutable)
-    rtol=_UsualNumber(1e-3),  # noqa: B008
-    atol=_UsualNumber(1e-6),  # noqa: B008
+    t=None,
+    solver: str | Solver | None = None,
+    rtol=None,
+    atol=None,
     control: str | StepControl = "per_sample",
-    adjoint: str | Adjoint = "checkpointed",
+    adjoint: str | Adjoint | None = None,
     args=None,
-    max_steps: int = 4096,
+    max_steps: int | None = None,
     dt0: float | None = None,
     dense: bool = False,
-    on_failure: str = "raise",
+    on_failure: str | None = None,
     *,
     dt_min: float | None = None,
     dt_max: float | None = None,
@@ -62,34 +55,48 @@ def solve(
     compile: bool = False,
     seed: int | None = None,
     brownian=None,
+    termination: str | Termination | None = None,
 ) -> Solution:
-    """Solves dz/dt = f(t, z), or dz = f(t, z) dt + g(t, z) dW, for a batch of samples.
+    """Solves an equation for a batch of samples: dz/dt = f(t, z), dz = f(t, z) dt + g(t, z) dW, or for a steady state.
+
+    What is None has the equation's own default:
+
+    | | `ODE` | `SDE` | `SteadyState` |
+    |---|---|---|---|
+    | solver | "tsit5" | the first of "sosri2", "sosra2", "midpoint", "euler_maruyama" that suits | "tsit5" |
+    | rtol, atol | 1e-3, 1e-6 | 1e-2, 1e-2 | 1e-3, 1e-6 |
+    | adjoint | "checkpointed" | "checkpointed" | "implicit" |
+    | max_steps | 4096 | 4096 | 4096, of an iteration 1000 |
+    | on_failure | "raise" | "raise" | "warn" |
 
     Args:
-        equation: an `ODE` or an `SDE`.
+        equation: an `ODE`, an `SDE` or a `SteadyState`: what differs for the latter two is said below.
         z0: initial state: a tensor [batch, ...], or a tuple or dict of them; floating-point or complex. bfloat16 and
             float16 states are stepped in float32 arithmetic, f still sees their own dtype.
         t: (t0, t1), a 1-D tensor of output times, or [batch, times]: strictly increasing or decreasing, at least two.
-            The first is where the solve starts, the last where it ends; those between cost no steps.
-        solver: a name (see `neuralde.solvers.SOLVERS`, and `SDE_SOLVERS`) or a solver object. An SDE's default
-            is the first of "sosri2", "sosra2", "midpoint" and "euler_maruyama" that suits it.
+            The first is where the solve starts, the last where it ends; those between cost no steps. Of a steady state
+            it may be left out, or be the time at which a solve that has not come to rest is ended: a number, or (t0,
+            t1); the iterations count t in steps.
+        solver: a name (see `neuralde.solvers.SOLVERS`, and `SDE_SOLVERS`) or a solver object. Steady states also have
+            iterations: "fixed_point", "anderson", "broyden" and "newton".
         rtol, atol: tolerances of the error test |error| ≤ atol + rtol·max(|z|, |z_next|), in RMS. rtol > 0, atol ≥ 0.
             A number; or one per component: a tensor that broadcasts to z0 (or to one sample of it), or a tuple or dict
-            of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test. An SDE's
-            defaults are 1e-2.
+            of numbers and such tensors in the structure of z0. atol = inf takes a component out of the test.
         control: "per_sample", every sample has its own step size and its answer does not depend on the others; or
             "joint", one step size and one RMS norm for the whole batch. Or a `StepControl`.
         adjoint: how gradients are computed. "checkpointed", exact ones at one state of memory per step; or
             `nde.adjoints.Checkpointed(checkpoints=k)`, at k states. "direct", exact ones with everything on the tape:
             the one that torch.func's transforms (jvp, vmap, ...) and forward-mode AD go through; the copies of a sample
             that vmap solves share their steps, the worst one decides. "backsolve", "interpolating", "quadrature": those
-            of an equation solved backwards, to its tolerances. See `neuralde.adjoints` for their options.
+            of an equation solved backwards, to its tolerances. For a steady state: "implicit" and its approximations
+            "neumann", "jfb" and "phantom"; or "direct". See `neuralde.adjoints` for their options.
         args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
         max_steps: attempted steps per sample, rejected ones included.
         dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
         dense: keep every step's stages, so that `solution(t)` need not evaluate f again (when no gradient is wanted).
         on_failure: "raise" an error that says which samples failed, where and why; "warn", and go on with the other
-            samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why.
+            samples; or "ignore". In the latter two the failed samples' outputs are NaN and `status` says why; but
+            the samples of a steady state that did not converge have their best state.
         dt_min: least step size, positive. A step that fails the error test at that size fails the solve. (Steps that
             share what is left before an end or a stop may be smaller.)
         dt_max: largest step size, positive.
@@ -107,6 +114,8 @@ def solve(
         seed: of an SDE's noise, an integer: `brownian=BrownianTree(seed)`. None draws one from torch's generator.
         brownian: where an SDE's noise comes from: a `BrownianTree`, or, under joint control, a Brownian object of
             torchsde's.
+        termination: of a steady state: when it has been reached, a mode or an `nde.Termination`; None is
+            `nde.Termination()`, by rtol and atol.
 
     Returns:
         A `Solution`.
@@ -141,6 +150,7 @@ def solve(
         dense,
         on_failure,
         (seed, brownian),
+        termination,
     )
 
 
@@ -161,24 +171,35 @@ def _solve(
     dense,
     on_failure,
     noise,
+    termination,
 ) -> Solution:
-    if not isinstance(equation, ODE | SDE):
-        hint = "; wrap it: nde.ODE(f)" if callable(equation) else ""
-        raise TypeError(f"equation must be an nde.ODE or an nde.SDE, got {type(equation).__name__}{hint}")
-    noisy = isinstance(equation, SDE)
-    if noisy:
-        tolerances = (1e-2 if isinstance(x, _UsualNumber) else x for x in tolerances)
-        solver = None if isinstance(solver, _UsualName) else solver
+    if not isinstance(equation, ODE | SDE | SteadyState):
+        hint = "; wrap it: nde.ODE(f), or nde.SteadyState(f) for a fixed point of f" if callable(equation) else ""
+        raise TypeError(
+            f"equation must be an nde.ODE, an nde.SDE or an nde.SteadyState, got {type(equation).__name__}{hint}"
+        )
+    usual, noisy = equation.usual, isinstance(equation, SDE)
+    solver = usual.solver if solver is None else solver
+    tolerances = [y if x is None else x for x, y in zip(tolerances, (usual.rtol, usual.atol), strict=True)]
+    adjoint = usual.adjoint if adjoint is None else adjoint
+    on_failure = usual.on_failure if on_failure is None else on_failure
+    if on_failure not in ("raise", "warn", "ignore"):
+        raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}")
+    if isinstance(equation, SteadyState):
+        unknown = stops | {"events": events, "seed": noise[0], "brownian": noise[1]}
+        options = adjoint, args, steps, unknown, observer, compile, dense, on_failure, termination
+        return steady.solve(equation, z0, t, solver, tolerances, control, *options)
+    if termination is not None:
+        raise ValueError("termination is of steady states; an ODE or SDE is solved to the end of its horizon t")
+    steps = steps | {"max_steps": usual.max_steps} if steps["max_steps"] is None else steps
     layout = Layout.of(z0)
     max_steps, *sizes = (steps[name] for name in ("max_steps", "dt0", "dt_min", "dt_max"))
     _control.check_max_steps(max_steps)
     _control.check_sizes(*sizes)
     dt0, *bounds = sizes
     solver, control, adjoint = chosen(solver, control, adjoint, dt0, equation)
-    if on_failure not in ("raise", "warn", "ignore"):
-        raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile must be True or False, got {compile!r}")
     if compile and not adjoint.compiles:
         able = " or ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.compiles)
         compiled.warn(equation.f, compiled.Unsupported(f"adjoint={adjoint.name!r} is not compiled, take {able}"))
@@ -245,6 +266,18 @@ def chosen(
         solver, control = solvers.for_sde(solver, equation, control.adaptive), _control.for_noise(control)
     else:
         solver = solvers.get(solver)
+    if solver.discrete:
+        able = ", ".join(x.name for x in solvers.SOLVERS.values() if not x.discrete)
+        raise ValueError(
+            f"solver {solver.name!r} finds steady states (nde.SteadyState, nde.DeepEquilibrium), it has no steps in "
+            f"time; on a horizon take one of {able}"
+        )
+    if not adjoint.of_horizons:
+        able = ", ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.of_horizons)
+        raise ValueError(
+            f"adjoint {adjoint.name!r} differentiates steady states (nde.SteadyState, nde.DeepEquilibrium); on a "
+            f"horizon take one of {able}"
+        )
     if control.adaptive and not solver.adaptive:
         control = replace(control, adaptive=False)
     if not control.adaptive and dt0 is None:

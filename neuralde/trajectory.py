@@ -64,9 +64,11 @@ class Trajectory:
         self._z0, self._parts, self._nfe_extra, self._held = z0, parts, nfe_extra, held
         self.status = self._whole(lambda lane: lane.status)
         self.final = self._whole(lambda lane: lane.z)
+        if problem.rest is not None:
+            self.status, self.final = problem.rest.verdict(self.status, self.final)
         failed = self.status != Status.SUCCESS
         self.complete = not bool(failed.any())
-        if not self.complete:
+        if not self.complete and problem.rest is None:
             self.final = torch.where(failed[:, None], float("nan"), self.final)
         known = all(part.slope is not None for part in parts)
         self.slope = self._whole(lambda lane: lane.slope).detach() if known else None
@@ -109,12 +111,17 @@ class Trajectory:
         )
 
     @functools.cached_property
+    def residuals(self) -> Tensor:
+        """Of a steady state: the residual at the end of every accepted step, as `error`."""
+        return self.grid.gather([r.residual for r in self.records], self.problem.start)
+
+    @functools.cached_property
     def counts(self) -> Counts:
         """The work."""
         accepted, rejected = self._whole(lambda lane: lane.accepted), self._whole(lambda lane: lane.rejected)
         nfe = self._whole(lambda lane: lane.calls) + self._nfe_extra
         solver = self.problem.solver
-        if len(solver.parts) == 1 and not solver.linearizes:
+        if len(solver.parts) == 1 and not solver.linearizes and solver.calls_per_step is not None:
             nfe = nfe + (accepted + rejected) * solver.calls_per_step
         linear = self._whole(_linear).unbind(1)
         return Counts(*(x.expand(len(self._z0)) for x in (accepted, rejected, nfe.clamp(min=1), *linear)))

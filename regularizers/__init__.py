@@ -3,6 +3,7 @@
 from .attach import attach
 from .base import Regularizer, Sum
 from .derivative import JacobianFrobenius, KineticEnergy, TaylorDerivative
+from .equilibrium import Contraction, EquilibriumJacobian, Skip
 from .recorded import record
 from .schedules import constant, cosine, exponential, linear
 from .solver import GlobalError, GlobalStiffness, LocalError, LocalStiffness
@@ -19,11 +20,16 @@ REGULARIZERS = {
         TaylorDerivative,
         KineticEnergy,
         JacobianFrobenius,
+        EquilibriumJacobian,
+        Skip,
+        Contraction,
     )
 }
 
 __all__ = [
     "REGULARIZERS",
+    "Contraction",
+    "EquilibriumJacobian",
     "GlobalError",
     "GlobalStiffness",
     "JacobianFrobenius",
@@ -31,6 +37,7 @@ __all__ = [
     "LocalError",
     "LocalStiffness",
     "Regularizer",
+    "Skip",
     "Steer",
     "Sum",
     "TaylorDerivative",

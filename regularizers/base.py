@@ -32,9 +32,11 @@ class Regularizer(nn.Module, abc.ABC):
 
     Attributes:
         local: whether one step at a sampled time is all that it looks at, so that solves of other libraries will do.
+        of_steady: whether it is made for steady states, which deep equilibria solve for.
     """
 
     local = False
+    of_steady = False
 
     def __init__(self, weight: float | Schedule = 1.0):
         super().__init__()

@@ -9,14 +9,16 @@ import torch
 
 import neuralde as nde
 
-ODES = {name: solver for name, solver in nde.solvers.SOLVERS.items() if solver.kind == "ode"}
+ODES = {name: solver for name, solver in nde.solvers.SOLVERS.items() if not solver.discrete}
 SOLVERS = list(ODES)
+EQUILIBRIUM = [name for name in nde.solvers.SOLVERS if name not in SOLVERS]
 SDE_SOLVERS = list(nde.solvers.SDE_SOLVERS)
 ADAPTIVE = [name for name, solver in ODES.items() if solver.adaptive]
 FIXED = [name for name in SOLVERS if name not in ADAPTIVE]
 WITH_ERROR = [name for name, solver in ODES.items() if solver.error_order is not None]
 WITH_STIFFNESS = [name for name, solver in ODES.items() if solver.reports_stiffness]
-ADJOINTS = list(nde.adjoints.ADJOINTS)
+ADJOINTS = [name for name, adjoint in nde.adjoints.ADJOINTS.items() if adjoint.of_horizons]
+STEADY = [name for name, adjoint in nde.adjoints.ADJOINTS.items() if adjoint.of_steady]
 EXACT = [name for name, adjoint in nde.adjoints.ADJOINTS.items() if adjoint.exact]
 CONTINUOUS = [name for name in ADJOINTS if name not in EXACT]
 # Those under which the states of the steps, and what is read between them, have gradients.

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ADJOINTS, CONTROLS, FIXED, SOLVERS, options, refused
+from helpers import ADJOINTS, CONTROLS, EQUILIBRIUM, FIXED, SOLVERS, options, refused
 from torch import nn
 
 import neuralde as nde
@@ -37,7 +37,6 @@ def test_without_changes_the_solve_works():
         ("rtol", NAN, ValueError),
         ("rtol", INF, ValueError),
         ("rtol", "1e-3", TypeError),
-        ("rtol", None, TypeError),
         ("rtol", 1e-3j, TypeError),
         ("atol", -1e-6, ValueError),
         ("atol", NAN, ValueError),
@@ -48,12 +47,22 @@ def test_without_changes_the_solve_works():
         ("max_steps", 10.0, TypeError),
         ("max_steps", "10", TypeError),
         ("on_failure", "stop", ValueError),
-        ("on_failure", None, ValueError),
+        ("on_failure", 3, ValueError),
     ],
 )
 def test_numbers(name, value, error):
     with refused(error, name):
         solve(**{name: value})
+
+
+def test_none_is_the_default():
+    usual = nde.ODE.usual._asdict()
+    asked, given = solve(**dict.fromkeys(usual)), solve(**usual)
+    assert torch.equal(asked.zs, given.zs) and asked.solver is given.solver
+    assert usual == {
+        "solver": "tsit5", "rtol": 1e-3, "atol": 1e-6, "adjoint": "checkpointed", "max_steps": 4096,
+        "on_failure": "raise",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("solver", ["tsit5", *FIXED])
@@ -144,7 +153,7 @@ def test_an_unknown_control_gets_the_known_ones():
 
 
 @pytest.mark.parametrize("name", ["solver", "adjoint", "control"])
-@pytest.mark.parametrize("value", [None, 5, nn.Linear(1, 1)])
+@pytest.mark.parametrize("value", [("tsit5",), 5, nn.Linear(1, 1)])
 def test_neither_a_name_nor_an_object_of_the_kind(name, value):
     with refused(TypeError, name, type(value).__name__):
         solve(**{name: value})
@@ -156,7 +165,7 @@ def test_names_are_taken_once():
         for name, value in known.items():
             with refused(ValueError, name, "registered already"):
                 registry.register(value)
-    assert list(nde.solvers.SOLVERS) == SOLVERS
+    assert list(nde.solvers.SOLVERS) == SOLVERS + EQUILIBRIUM
 
 
 def test_a_method_without_an_error_estimate_cant_be_adaptive():

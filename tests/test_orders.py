@@ -8,7 +8,7 @@ from problems import rotating, rotating_exact
 import neuralde as nde
 
 FIXED = nde.StepControl(adaptive=False)
-SOLVERS = list(nde.solvers.SOLVERS)
+SOLVERS = [name for name, solver in nde.solvers.SOLVERS.items() if not solver.discrete]
 
 
 def slope(sizes, errors):

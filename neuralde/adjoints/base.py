@@ -69,12 +69,15 @@ class Adjoint(abc.ABC):
             tolerance.
         transforms: whether torch.func's transforms and forward-mode AD can go through it.
         compiles: whether it solves with compiled programs when asked to.
+        of_horizons, of_steady: whether it differentiates the solution on a finite horizon, a steady state.
     """
 
     name: str
     exact: bool = True
     transforms: bool = False
     compiles: bool = False
+    of_horizons: bool = True
+    of_steady: bool = False
 
     @abc.abstractmethod
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:

@@ -26,10 +26,11 @@ class Direct(Adjoint):
 
     name = "direct"
     transforms = True
+    of_steady = True
 
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """See `Adjoint.solve`."""
-        slope = problem.field.first(problem.first_instant, z0, problem.end)
+        slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
         taped = transforms.recording()
         trajectory = discover(problem, z0, slope, taped=taped)
         outcome = plain(trajectory)

@@ -50,8 +50,9 @@ class NeuralODE(nn.Module):
         self.solve_options = solve_options
         self.solution: Solution | None = None
         self.draw_times: Callable | None = None
-        methods = {"solver": "tsit5", "control": "per_sample", "adjoint": "checkpointed", "dt0": None}
-        self._solver, *_ = chosen(**{name: solve_options.get(name, x) for name, x in methods.items()})
+        given = {name: x for name, x in solve_options.items() if x is not None}
+        methods = {"solver": ODE.usual.solver, "control": "per_sample", "adjoint": ODE.usual.adjoint, "dt0": None}
+        self._solver, *_ = chosen(**{name: given.get(name, x) for name, x in methods.items()})
         solver = solve_options.get("solver")
         if isinstance(solver, nn.Module):
             self.solver = solver  # a hypersolver of torchdyn's: its parameters are the layer's
@@ -71,7 +72,7 @@ class NeuralODE(nn.Module):
         return self._equation
 
     def _refuse_mixing(self):
-        linearized = solvers.get(self.solve_options.get("solver", "tsit5")).linearizes
+        linearized = solvers.get(self.solve_options.get("solver") or ODE.usual.solver).linearizes
         if linearized or _control.get(self.solve_options.get("control", "per_sample")).per_sample:
             name = mixing_module(self.f)
             if name is not None:

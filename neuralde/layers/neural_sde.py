@@ -62,10 +62,9 @@ class NeuralSDE(nn.Module):
         self.t, self.trajectories = t, _count(trajectories)
         self.solve_options = solve_options
         self.solution: Solution | None = None
-        methods = {"solver": None, "control": "per_sample", "adjoint": "checkpointed", "dt0": None}
-        self._solver, *_ = chosen(
-            **{name: solve_options.get(name, x) for name, x in methods.items()}, equation=self._equation
-        )
+        given = {name: x for name, x in solve_options.items() if x is not None}
+        methods = {"solver": None, "control": "per_sample", "adjoint": SDE.usual.adjoint, "dt0": None}
+        self._solver, *_ = chosen(**{name: given.get(name, x) for name, x in methods.items()}, equation=self._equation)
         for name in ("rtol", "atol"):
             if isinstance(solve_options.get(name), numbers.Real):
                 _control.check_tolerance(name, solve_options[name])

@@ -5,11 +5,15 @@ from __future__ import annotations
 from ..equations import SDE
 from ..registry import Registry
 from . import doubling, sde_tableaus, tableaus
+from .anderson import Anderson
 from .auto import Auto
 from .base import Past, Solver, Step, VectorField, Work
+from .broyden import Broyden
 from .foreign import Foreign, speaks_torchdyn
 from .implicit_euler import ImplicitEuler
+from .iteration import FixedPoint, Iteration
 from .multistep import VCAB3
+from .newton import Newton
 from .rosenbrock import Rosenbrock, RosenbrockTableau
 from .rossler import Rossler, SRATableau, SRITableau
 from .runge_kutta import RungeKutta, Tableau
@@ -19,10 +23,15 @@ from .switching import Switching
 __all__ = [
     "SDE_SOLVERS",
     "SOLVERS",
+    "Anderson",
     "Auto",
+    "Broyden",
     "DrivenField",
+    "FixedPoint",
     "Foreign",
     "ImplicitEuler",
+    "Iteration",
+    "Newton",
     "Past",
     "Rosenbrock",
     "RosenbrockTableau",
@@ -82,6 +91,8 @@ for _name, _rosenbrock in (("rosenbrock23", tableaus.ROSENBROCK23), ("rodas5p", 
     register(Rosenbrock(_name, _rosenbrock))
 register(VCAB3(get("bs3")))
 register(Auto("auto", get("tsit5"), get("rodas5p")))
+for _iteration in (FixedPoint(), Anderson(), Broyden(), Newton()):
+    register(_iteration)
 
 for _name, _sde_tableau in (
     ("sosri", sde_tableaus.SOSRI),

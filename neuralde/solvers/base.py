@@ -97,6 +97,8 @@ class Solver(TorchdynProtocol, abc.ABC):
             them; None for the general rule.
         history: steps before this one whose slopes a step is given as `past`.
         transforms: whether torch.func's transforms and forward-mode AD can go through a step.
+        discrete: whether it is an iteration for steady states, which has no steps in time.
+        unrolls: whether its steps can be differentiated one by one.
         closes: whether a step computes the slope at its end when asked to `close`. One that doesn't is given it by
             `finish`, once its step has been accepted: a rejected attempt then costs no evaluation.
     """
@@ -115,6 +117,8 @@ class Solver(TorchdynProtocol, abc.ABC):
     exponents: tuple[float, float] | None = None
     history: int = 0
     transforms: bool = True
+    discrete: bool = False
+    unrolls: bool = True
     closes: bool = True
 
     @property
@@ -158,6 +162,10 @@ class Solver(TorchdynProtocol, abc.ABC):
                 interpolation needs it.
             past: the `history` steps before; only given to a method that has one.
         """
+
+    def carried(self, memory: Any, index: Tensor) -> Any:
+        """The `memory` of a step for some of its samples, where the next steps need it; None, and a new one is made."""
+        return None
 
     def finish(self, stages: Any, slope: Tensor) -> Any:
         """The `stages` of a step that is not closed, with the slope at its end."""

@@ -1,0 +1,203 @@
+"""Iterations for the steady state of dz/dt = g(z), g(z) = f(z) - z: steps in depth instead of time."""
+
+from __future__ import annotations
+
+import abc
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Past, Solver, Step, VectorField, Work
+
+
+class Iteration(Solver):
+    """A discrete solver: each step is one move to a better z, and t counts them.
+
+    It goes through the same loop as every other solver, at steps of `step_size`, and evaluates f once per step, at its
+    end. A subclass implements `memory` and `move`.
+
+    Attributes:
+        step_size: dt, by which t grows with a step.
+    """
+
+    order = 1
+    adaptive = False
+    error_order = None
+    interpolant_order = 0
+    reports_stiffness = False
+    stability_size = None
+    fsal = True
+    calls_per_step: int | None = 1
+    transforms = False
+    discrete = True
+    unrolls = False
+    step_size: float = 1.0
+
+    @abc.abstractmethod
+    def move(self, f: Callable[[Tensor], Tensor], z: Tensor, slope: Tensor, memory: Any) -> Move:
+        """The next z.
+
+        Args:
+            f: z -> g(z), [batch, features]; real.
+            z, slope: the state and g there.
+            memory: of `self.memory`, with what it remembers of the steps before.
+        """
+
+    def attempt(
+        self,
+        f: VectorField,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        slope: Tensor | None,
+        memory: Any,
+        lens: bool = True,
+        close: bool = False,
+        past: Past | None = None,
+    ) -> Step:
+        """See `Solver.attempt`."""
+        now, later = f.times(t)[0], f.times(t + dt)[0]
+        slope = f(now, z) if slope is None else slope
+        kind = z.dtype
+        move = self.move(lambda x: real(f(now, unreal(x, kind)).to(kind)), real(z), real(slope.to(kind)), memory)
+        z_end = unreal(move.z, kind)
+        slope_end = move.slope
+        slope_end = f(later, z_end) if slope_end is None else unreal(slope_end, kind)
+        return Step(z_end, None, None, slope_end, None, work=move.work)
+
+    def snapshot(self, stages: Any) -> Tensor:
+        """See `Solver.snapshot`; never asked for."""
+        raise NotImplementedError(f"{self.name} has no stages")
+
+    interpolate = snapshot
+
+    def require_one_step(self) -> None:
+        """See `TorchdynProtocol.require_one_step`."""
+        raise TypeError(
+            f"solver {self.name!r} finds steady states, it has no steps in time for torchdyn to make; use it in "
+            "neuralde.solve(neuralde.SteadyState(f), ...) or neuralde.DeepEquilibrium"
+        )
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Move:
+    """What a step of an iteration found.
+
+    Attributes:
+        z: the next state. slope: g there, where it was computed. work: what it cost, where that is not one evaluation.
+    """
+
+    def __init__(self, z: Tensor, slope: Tensor | None = None, work: Work | None = None):
+        self.z, self.slope, self.work = z, slope, work
+
+
+class FixedPoint(Iteration):
+    """z ← z + damping·(f(z) - z): forward Euler with dt = damping, and without damping z ← f(z).
+
+    Converges where f contracts; with damping also where the eigenvalues of its Jacobian lie below 1 but outside of the
+    unit circle.
+
+    Args:
+        damping: the fraction of the way to f(z), in (0, 1].
+
+    Raises:
+        TypeError, ValueError: damping is no such number.
+    """
+
+    unrolls = True
+
+    def __init__(self, damping: float = 1.0, name: str = "fixed_point"):
+        self.name, self.damping = name, fraction("damping", damping)
+
+    @property
+    def step_size(self) -> float:
+        """dt."""
+        return self.damping
+
+    def memory(self, z: Tensor, taped: bool) -> None:
+        """See `Solver.memory`."""
+
+    def move(self, f, z: Tensor, slope: Tensor, memory: None) -> Move:
+        """See `Iteration.move`."""
+        return Move(torch.add(z, slope, alpha=self.damping))
+
+    def __repr__(self) -> str:
+        return self.name if self.damping == 1.0 else f"{self.name} (damping {self.damping:g})"
+
+
+def fraction(name: str, value) -> float:
+    """The value, if it is a number in (0, 1].
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    return float(value)
+
+
+def count(name: str, value) -> int:
+    """The value, if it is a positive integer.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def real(x: Tensor) -> Tensor:
+    """A complex tensor [batch, features] as a real one of twice the features: least squares see real numbers."""
+    return torch.view_as_real(x).flatten(1) if x.is_complex() else x
+
+
+def unreal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `real`, for a state of that dtype."""
+    return torch.view_as_complex(x.unflatten(1, (-1, 2))) if dtype.is_complex else x
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product of every sample, [batch]."""
+    return torch.linalg.vecdot(x, y)
+
+
+def backtrack(
+    f: Callable[[Tensor], Tensor], z: Tensor, slope: Tensor, direction: Tensor, tries: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z + s·direction with the largest s = 1, then smaller, that makes ‖g‖ sufficiently smaller; sample by sample.
+
+    Returns:
+        The state and g there, [batch, features]; and how many evaluations each sample needed, [batch] int64. Where no s
+        was small enough, the last one is taken.
+
+    Source: Dennis & Schnabel, Numerical Methods for Unconstrained Optimization and Nonlinear Equations, algorithm
+    A6.3.1, for φ(s) = ‖g‖²/2 with φ'(0) = -2φ(0), as a Newton direction has it.
+    """
+    start = dot(slope, slope)
+    s = torch.ones_like(start)
+    made = torch.ones_like(start, dtype=torch.int64)
+    found = z + direction
+    value = f(found)
+    for _ in range(tries):
+        size = dot(value, value)
+        short = ~(size <= (1.0 - 2e-4 * s) * start) & (start > 0)
+        if not bool(short.any()):
+            break
+        # The minimum of the parabola through φ(0), φ'(0) and φ(s); 0.1 where φ(s) is not finite.
+        ratio = s * start / (size - (1.0 - 2.0 * s) * start)
+        s = torch.where(short, s * torch.nan_to_num(ratio, nan=0.1).clamp(0.1, 0.5), s)
+        column = short[:, None]
+        found = torch.where(column, z + s[:, None] * direction, found)
+        value = torch.where(column, f(found), value)
+        made = made + short
+    return found, value, made

@@ -1,0 +1,257 @@
+"""When a steady state has been reached, and when it will not be."""
+
+from __future__ import annotations
+
+import collections
+import math
+import numbers
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .control import check_tolerance, rms
+from .errors import Status
+
+_MODES = ("norm", "relative", "absolute")
+_CLOSE, _FLAT = 3.0, 1.3  # a residual that stalls: within so many tolerances, and within such a factor of its least
+_LOOK_EVERY = 8  # steps between two looks for a stall
+GOING = -1  # the code of a sample that goes on
+
+
+@dataclass(frozen=True)
+class Termination:
+    """When a solve for a steady state ends: by the residual f(z) - z after every accepted step.
+
+    | mode | the residual | is compared with |
+    |---|---|---|
+    | "absolute" | ‖f(z) - z‖ | atol |
+    | "relative" | ‖f(z) - z‖ / ‖f(z)‖ | rtol |
+    | "norm", either of them | ‖f(z) - z‖ / max(‖f(z)‖, atol/rtol) | rtol |
+
+    Under per-sample control each sample has its own norm and ends by it; under joint control the norm is over the
+    batch, as in the papers.
+
+    Args:
+        mode: as above.
+        rtol, atol: its tolerances, numbers; None takes those of the solve.
+        norm: "rms", "l2" (that of the papers' code) or "max"; it matters to "absolute" and to where "norm" changes
+            over.
+        best: what a sample ends with that did not converge: the iterate with the least residual, or the last one.
+        divergence: a sample whose ‖f(z) - z‖ is above so many times that of the start has diverged; None lets it go
+            on. (A residual that is not finite always ends it.)
+        patience: a sample has stalled whose residual is within 3 tolerances, and has stayed within a factor of 1.3 for
+            so many steps (looked for at every 8th step); None lets it go on.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+
+    Source: SteadyStateDiffEq.jl and NonlinearSolve.jl's Norm and SafeBest modes. The stall test is the original one of
+    the papers' code, max < 1.3·min; later versions have turned it into one that always holds.
+    """
+
+    mode: str = "norm"
+    rtol: float | None = None
+    atol: float | None = None
+    norm: str = "rms"
+    best: bool = True
+    divergence: float | None = 1e6
+    patience: int | None = 30
+
+    def __post_init__(self):
+        if self.mode not in _MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}, got {self.mode!r}")
+        if self.norm not in _NORMS:
+            raise ValueError(f"norm must be one of {', '.join(map(repr, _NORMS))}, got {self.norm!r}")
+        if not isinstance(self.best, bool):
+            raise TypeError(f"best must be True or False, got {self.best!r}")
+        for name in ("rtol", "atol"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_tolerance(name, getattr(self, name)))
+        if self.divergence is not None:
+            if not isinstance(self.divergence, numbers.Real) or isinstance(self.divergence, bool):
+                raise TypeError(f"divergence must be a number or None, got {type(self.divergence).__name__}")
+            if not self.divergence > 1.0:
+                raise ValueError(f"divergence must be above 1, or None, got {self.divergence}")
+        if self.patience is not None:
+            if not isinstance(self.patience, numbers.Integral) or isinstance(self.patience, bool):
+                raise TypeError(f"patience must be an integer or None, got {type(self.patience).__name__}")
+            if self.patience < 2:
+                raise ValueError(f"patience must be at least 2, or None, got {self.patience}")
+
+    def within(self, rtol, atol) -> Termination:
+        """The same with a solve's tolerances where it has none of its own.
+
+        Raises:
+            TypeError: they are needed, but are not numbers.
+        """
+        own = {}
+        for name, value in (("rtol", rtol), ("atol", atol)):
+            if getattr(self, name) is None:
+                if not isinstance(value, numbers.Real):
+                    raise TypeError(
+                        f"the termination of a steady state needs one {name} for all components, and the solve has a "
+                        f"{type(value).__name__}; give it its own: termination=nde.Termination({name}=...)"
+                    )
+                own[name] = float(value)
+        found = replace(self, **own)
+        if found.mode == "absolute" and not found.atol > 0.0:
+            raise ValueError('atol must be positive for mode="absolute": it is all that the residual is compared with')
+        return found
+
+    @property
+    def tolerance(self) -> float:
+        """What the residual is compared with."""
+        return self.atol if self.mode == "absolute" else self.rtol
+
+
+def get(termination: str | Termination | None) -> Termination:
+    """The termination of that mode, the termination itself, or the default.
+
+    Raises:
+        ValueError: no such mode. TypeError: neither.
+    """
+    if termination is None or isinstance(termination, str):
+        return Termination() if termination is None else Termination(mode=termination)
+    if not isinstance(termination, Termination):
+        raise TypeError(f"termination must be a mode, an nde.Termination or None, got {type(termination).__name__}")
+    return termination
+
+
+def _maximum(x: Tensor, joint: bool) -> Tensor:
+    return x.abs().amax().reshape(1) if joint else x.abs().amax(dim=1)
+
+
+def _l2(x: Tensor, joint: bool) -> Tensor:
+    return torch.linalg.vector_norm(x).reshape(1) if joint else torch.linalg.vector_norm(x, dim=1)
+
+
+_NORMS = {"rms": rms, "l2": _l2, "max": _maximum}
+
+
+class Rest:
+    """Watches a solve for the samples that come to rest, and for those that will not.
+
+    Args:
+        termination: with its tolerances. joint: whether the batch ends as one.
+
+    Attributes:
+        first, residual, least: of every group, at the start, last, and the least one of all, [groups].
+        before: the states at the starts of the steps by which the samples came to rest, [batch, features].
+    """
+
+    def __init__(self, termination: Termination, joint: bool):
+        self.termination, self.joint = termination, joint
+        self._norm = _NORMS[termination.norm]
+        self._recent: collections.deque[Tensor] = collections.deque(maxlen=termination.patience or 1)
+
+    def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
+        """Takes in the start. Returns the codes of `look`."""
+        self.size, figure = (x.detach() for x in self.measure(z, slope))
+        self.first = self.residual = self.least = figure
+        self.best = self.before = z
+        self.converged = torch.zeros_like(figure, dtype=torch.bool)
+        # Where f is not finite at the start, the loop has ended the sample.
+        limit = self.size * (self.termination.divergence or math.inf)
+        self._limit = torch.where(limit > 0, limit, math.inf)
+        settled = figure <= self.termination.tolerance
+        if not bool(settled.any()):
+            return None
+        self.converged = settled
+        return torch.where(settled, int(Status.SUCCESS), GOING)
+
+    def measure(self, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """(‖f(z) - z‖, the residual of the mode), [groups]. slope: f(z) - z, [samples, features]."""
+        t, slope = self.termination, slope.to(z.dtype)
+        size = self._norm(slope, self.joint)
+        if t.mode == "absolute":
+            return size, size
+        floor = torch.finfo(size.dtype).tiny if t.mode == "relative" else max(t.atol / t.rtol, 1e-30)
+        return size, size / self._norm(z + slope, self.joint).clamp(min=floor)
+
+    def look(
+        self, rows: Tensor | None, start: Tensor, z: Tensor, slope: Tensor, ok: Tensor, attempt: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Looks at the ends of steps.
+
+        Args:
+            rows: the samples, None for all. start, z: where their steps began and ended, [samples, features].
+            slope: f(z) - z. ok: whose steps were accepted, [groups]. attempt: which one of the solve it is.
+
+        Returns:
+            The residuals, [groups]; and a code for each group, [groups] or None where all of them go on: `GOING`, or
+            the `Status` that it ended with.
+        """
+        t = self.termination
+        with torch.no_grad():
+            size, figure = self.measure(z, slope)
+            least, limit = self._of(self.least, rows), self._of(self._limit, rows)
+            better = ok & (figure < least)
+            settled = ok & (figure <= t.tolerance)
+            ended = ok & ((figure <= t.tolerance) | ~(size <= limit))
+            if t.patience is not None:
+                self._recent.append(self._put(torch.full_like(self.first, math.nan), rows, figure, ok))
+            stalled = self._stalled(rows, figure, ok, attempt)
+            ended = ended if stalled is None else ended | stalled
+            # One look at the device for both.
+            all_better, any_ended = torch.stack([better.all(), ended.any()]).tolist()
+        self.residual = self._put(self.residual, rows, figure, ok)
+        if all_better and rows is None:
+            self.best, self.least = z, figure
+        else:
+            best = torch.where(better[:, None], z, self._of(self.best, rows))
+            self.best = best if rows is None else self.best.index_copy(0, rows, best)
+            self.least = self._put(self.least, rows, figure, better)
+        if not any_ended:
+            return figure, None
+        codes = torch.where(ended, int(Status.DIVERGED), GOING)
+        codes = codes if stalled is None else torch.where(stalled, int(Status.NOT_CONVERGED), codes)
+        codes = torch.where(ended & ~torch.isfinite(figure), int(Status.NON_FINITE), codes)
+        codes = torch.where(settled, int(Status.SUCCESS), codes)
+        self.converged = self._put(self.converged, rows, settled, ok)
+        with torch.no_grad():
+            arrived = settled[:, None].expand(len(z), 1)
+            before = torch.where(arrived, start, self._of(self.before, rows))
+            self.before = before if rows is None else self.before.index_copy(0, rows, before)
+        return figure, codes
+
+    def _stalled(self, rows: Tensor | None, figure: Tensor, ok: Tensor, attempt: int) -> Tensor | None:
+        t = self.termination
+        if t.patience is None or attempt < t.patience or attempt % _LOOK_EVERY:
+            return None
+        recent = torch.stack([self._of(x, rows) for x in self._recent])
+        known = ~recent.isnan()
+        high = torch.where(known, recent, -math.inf).amax(dim=0)
+        low = torch.where(known, recent, math.inf).amin(dim=0)
+        full = known.sum(dim=0) >= min(t.patience, len(self._recent))
+        return ok & full & (figure <= _CLOSE * t.tolerance) & (high < _FLAT * low)
+
+    @staticmethod
+    def _of(x: Tensor, rows: Tensor | None) -> Tensor:
+        return x if rows is None else x.index_select(0, rows)
+
+    @staticmethod
+    def _put(whole: Tensor, rows: Tensor | None, part: Tensor, which: Tensor) -> Tensor:
+        if rows is None:
+            return torch.where(which, part, whole)
+        return whole.index_copy(0, rows, torch.where(which, part, whole.index_select(0, rows)))
+
+    def verdict(self, status: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the samples ended with.
+
+        Args:
+            status: of the loop, [groups]. z: where it stands, [batch, features].
+
+        Returns:
+            The status, [groups]: NOT_CONVERGED also where the horizon's bound came first; and the states.
+        """
+        status = torch.where((status == Status.SUCCESS) & ~self.converged, int(Status.NOT_CONVERGED), status)
+        if not self.termination.best:
+            return status, z
+        self.residual = torch.where(self.converged, self.residual, self.least)
+        return status, torch.where(self.converged[:, None], z, self.best)
+
+
+def kept(status: Tensor) -> Tensor:
+    """Which samples end with a state that means something: an iteration that got lost has no steady state at hand."""
+    return (status == Status.SUCCESS) | (status == Status.MAX_STEPS) | (status == Status.NOT_CONVERGED)
