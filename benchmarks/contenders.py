@@ -208,15 +208,16 @@ def installed(peer: str) -> bool:
     return importlib.util.find_spec(peer) is not None
 
 
-def in_torch(work: Workload) -> dict[str, Contender]:
-    """The peers in PyTorch that are installed."""
+def in_torch(work: Workload, wanted: Callable[[str], bool] = installed) -> dict[str, Contender]:
+    """The peers in PyTorch that are installed; wanted: of these."""
     made = {"torchdiffeq": _torchdiffeq, "torchdyn": _torchdyn, "torchode": _torchode}
-    return {name: make(work) for name, make in made.items() if installed(name)}
+    return {name: make(work) for name, make in made.items() if installed(name) and wanted(name)}
 
 
-def peers(work: Workload, alone: bool) -> dict[str, Contender | Diffrax]:
+def peers(work: Workload, alone: bool, wanted: Callable[[str], bool] = installed) -> dict[str, Contender | Diffrax]:
     """The peers that are installed; alone: whether diffrax steps every sample on its own, as torchode always does."""
-    return in_torch(work) | ({"diffrax": Diffrax(work, alone)} if installed("diffrax") else {})
+    made = in_torch(work, wanted)
+    return made | {"diffrax": Diffrax(work, alone)} if installed("diffrax") and wanted("diffrax") else made
 
 
 def ours(work: Workload, control: str, solver: str = "dopri5") -> dict[str, Contender]:

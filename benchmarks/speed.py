@@ -141,9 +141,9 @@ CURVES = {
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 
-def chosen(made: dict, only: list[str] | None) -> dict:
-    """The contenders whose names begin with one of those."""
-    return {name: x for name, x in made.items() if only is None or name.startswith(tuple(only))}
+def wanted(name: str, only: list[str] | None) -> bool:
+    """Whether a contender's name begins with one of those; None for all."""
+    return only is None or name.startswith(tuple(only))
 
 
 def agreeing(made: dict, work: Workload, exact: torch.Tensor) -> tuple[dict, dict, dict]:
@@ -178,11 +178,13 @@ def table(part: str, given: argparse.Namespace) -> tuple[list[dict], list[str], 
     make, controls, passes, settings = TABLES[part]
     work = on_device(make(), given.device)
     torch.set_num_threads(settings[0])
-    made = peers(work, alone="joint, integral" not in controls)
+    keep = functools.partial(wanted, only=given.only)
+    made = peers(work, "joint, integral" not in controls, keep)
     for control in controls:
         made |= ours(work, control)
-    more = chosen(penalized(work, controls[0]), given.only) if BOTH in passes else {}
-    made, off, first = agreeing(chosen(made, given.only), work, reference(work))
+    more = penalized(work, controls[0]) if BOTH in passes else {}
+    made, more = ({name: x for name, x in some.items() if keep(name)} for some in (made, more))
+    made, off, first = agreeing(made, work, reference(work))
     counts = {name: contender.counted() for name, contender in made.items()}
     rows = []
     for what in passes:
@@ -310,13 +312,15 @@ def compaction(part: str, given: argparse.Namespace) -> tuple[list[dict], list[s
 def curve(part: str, given: argparse.Namespace) -> tuple[list[dict], list[str], str]:
     """The rows of a family of workloads, the notes, and the threads in words; draws the picture."""
     make, values, control, axis, title = CURVES[part]
+    keep = functools.partial(wanted, only=given.only)
     torch.set_num_threads(1)
     rows, works = [], []
     for value in values:
         work = on_device(make(value), given.device)
         works.append(work)
-        made = peers(work, alone=control == "per_sample") | ours(work, control)
-        made, off, _ = agreeing(chosen(made, given.only), work, reference(work))
+        made = peers(work, control == "per_sample", keep)
+        made |= {name: x for name, x in ours(work, control).items() if keep(name)}
+        made, off, _ = agreeing(made, work, reference(work))
         counts = {name: contender.counted() for name, contender in made.items()}
         calls = {name: contender.forward for name, contender in made.items()}
         seconds = in_turns(calls | {"f": functools.partial(raw, work)}, given.rounds, warmup=1, device=given.device)

@@ -3,11 +3,17 @@
 import csv
 import importlib
 import sys
+import timeit
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def once(calls, *_, **__):
+    """In place of `in_turns`: no test is about the times."""
+    return {name: [timeit.timeit(call, number=1) for _ in range(2)] for name, call in calls.items()}
 
 
 @pytest.fixture
@@ -16,7 +22,9 @@ def speed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("common", "contenders", "speed"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("speed")
+    module = importlib.import_module("speed")
+    monkeypatch.setattr(module, "in_turns", once)
+    return module
 
 
 def command(speed, monkeypatch, folder, *words):
@@ -53,8 +61,9 @@ def test_curve(speed, monkeypatch, tmp_path):
 
 def test_wrong_answers_are_not_measured(speed):
     work = speed.small()
-    made = speed.chosen(speed.ours(work, "joint, integral"), ["eager"])
+    name = "eager dopri5 joint, integral"
+    made = {name: speed.ours(work, "joint, integral")[name]}
     exact = speed.reference(work)
     assert set(speed.agreeing(made, work, exact)[0]) == set(made)
-    with pytest.raises(AssertionError, match="eager dopri5 joint, integral is"):
+    with pytest.raises(AssertionError, match=f"{name} is"):
         speed.agreeing(made, work, exact + 0.1)
