@@ -196,7 +196,7 @@ def table(part: str, given: argparse.Namespace) -> tuple[list[dict], list[str], 
             else:
                 calls = {name: contender.both for name, contender in (made | more).items()}
             calls["f"] = functools.partial(raw, work)
-            found = in_turns(calls, given.rounds, device=given.device)
+            found = in_turns(calls, given.rounds, warmup=1, device=given.device)
             seconds = {k: best(seconds.get(k), (found[k], threads)) for k in found}
         rows += [row(work, what, name, seconds, counts, off, first) for name in seconds if name != "f"]
     notes = [
