@@ -7,7 +7,6 @@ them; it is quicker that way too. torchode is no dependency: without it (pip ins
 from __future__ import annotations
 
 import functools
-import importlib.util
 import statistics
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torchdiffeq
 from common import Counted, TimeFree, Workload, in_turns, median_ratio, parser, spread, verdict, write
+from contenders import in_torch, installed
 from torch import Tensor, nn
 
 import neuralde as nde
@@ -68,14 +68,23 @@ def ours() -> dict[str, tuple[str, Solve]]:
     }
 
 
-def of_torchdiffeq() -> dict[str, Solve]:
-    """odeint_adjoint with and without the seminorm, and odeint."""
+def theirs(work: Workload) -> dict[str, Solve]:
+    """The peers that are installed, in the order of `PEERS`."""
+    found = adjoints_of_torchdiffeq()
+    for name, made in in_torch(work).items():
+        if name == "torchdyn":
+            found["torchdyn NeuralODE"] = layer_of_torchdyn()
+        found[name if name == "torchode" else f"{name} odeint"] = made.solve
+    return found
+
+
+def adjoints_of_torchdiffeq() -> dict[str, Solve]:
+    """odeint_adjoint with and without the seminorm."""
     ts, options = torch.tensor([0.0, 1.0]), {"rtol": TOLERANCE, "atol": TOLERANCE, "method": "dopri5"}
     adjoint = torchdiffeq.odeint_adjoint
     return {
         PEERS[0]: lambda f, z0: adjoint(f, z0, ts, **options)[-1],
         PEERS[1]: lambda f, z0: adjoint(f, z0, ts, **options, adjoint_options={"norm": "seminorm"})[-1],
-        PEERS[2]: lambda f, z0: torchdiffeq.odeint(f, z0, ts, **options)[-1],
     }
 
 
@@ -91,37 +100,14 @@ class WithArgs(nn.Module):
         return self.f(t, x)
 
 
-def of_torchdyn() -> dict[str, Solve]:
-    """Its layer, and its functional odeint."""
+def layer_of_torchdyn() -> Solve:
+    """Its NeuralODE."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchdyn.core import NeuralODE
-        from torchdyn.numerics import odeint
     ts, options = torch.tensor([0.0, 1.0]), {"solver": "dopri5", "rtol": TOLERANCE, "atol": TOLERANCE}
     made = functools.cache(lambda f: NeuralODE(WithArgs(f), sensitivity="autograd", **options))
-    return {
-        "torchdyn NeuralODE": lambda f, z0: made(f)(z0, ts)[1][-1],
-        "torchdyn odeint": lambda f, z0: odeint(f, z0, ts, **options)[1][-1],
-    }
-
-
-def of_torchode() -> dict[str, Solve]:
-    """Autograd through its solver, if it is installed."""
-    if importlib.util.find_spec("torchode") is None:
-        return {}
-    import torchode
-
-    @functools.cache
-    def made(f):
-        term = torchode.ODETerm(f)
-        control = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
-        return torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control, backprop_through_step_size_control=False)
-
-    def solve(f, z0):
-        start = torch.zeros(len(z0))
-        return made(f).solve(torchode.InitialValueProblem(z0, start, start + 1.0)).ys[:, -1]
-
-    return {"torchode": solve}
+    return lambda f, z0: made(f)(z0, ts)[1][-1]
 
 
 # -- measurements ------------------------------------------------------------------------------------------------------
@@ -172,7 +158,7 @@ def count(work: Workload, solve: Solve) -> tuple[int, int]:
 def measure(work: Workload, rounds: int) -> tuple[list[dict], list[str]]:
     """The rows of a workload, and whether the claims hold."""
     torch.set_num_threads(work.threads)
-    mine, peers = ours(), of_torchdiffeq() | of_torchdyn() | of_torchode()
+    mine, peers = ours(), theirs(work)
     solves = {name: solve for name, (_, solve) in mine.items()} | peers
     exact = reference(work)
     off = {name: error(gradients(work.f, work.z0, solve), exact) for name, solve in solves.items()}
@@ -238,10 +224,10 @@ def main():
     missing = [name for name in ADJOINTS if name not in nde.adjoints.ADJOINTS]
     if missing:
         notes.append(f"not registered yet, left out: {', '.join(missing)}")
-    installed = importlib.util.find_spec("torchode") is not None
-    if not installed:
+    torchode = installed("torchode")
+    if not torchode:
         notes.append("torchode is not installed, left out")
-    write(given.results, "adjoint_speed", rows, "1", notes, ("torchdiffeq", "torchdyn", *["torchode"] * installed))
+    write(given.results, "adjoint_speed", rows, "1", notes, ("torchdiffeq", "torchdyn", *["torchode"] * torchode))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class TimeFree(nn.Module):
 
 
 class Counted(nn.Module):
-    """f with a count of its batched calls in `calls`.
+    """f with a count of its batched calls in `calls`, and of the samples in them in `rows`.
 
     Args:
         f: (t, z) -> dz/dt.
@@ -58,24 +58,43 @@ class Counted(nn.Module):
 
     def __init__(self, f: Callable):
         super().__init__()
-        self.f, self.calls = f, 0
+        self.f, self.calls, self.rows = f, 0, 0
 
     def forward(self, t, z: Tensor) -> Tensor:
         """f(t, z)."""
         self.calls += 1
+        self.rows += len(z)
         return self.f(t, z)
+
+
+class VanDerPol(nn.Module):
+    """x' = v, v' = μ·(1 - x²)·v - x; z = (x, v).
+
+    Args:
+        mu: μ.
+    """
+
+    def __init__(self, mu: float):
+        super().__init__()
+        self.mu = mu
+
+    def forward(self, t, z: Tensor) -> Tensor:
+        """dz/dt."""
+        x, v = z.unbind(-1)
+        return torch.stack([v, self.mu * (1 - x * x) * v - x], dim=-1)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """dz/dt = f(t, z) on [0, 1] from z0.
+    """dz/dt = f(t, z) on [0, t1] from z0.
 
     Attributes:
-        name: S or M.
+        name: S, M, V, or that of a variation of one of them.
         f, z0: the vector field, and the initial state [batch, features].
         tolerance: rtol and atol.
         threads: of torch's operations.
         what: one line for the results.
+        t1: where it ends.
     """
 
     name: str
@@ -84,17 +103,18 @@ class Workload:
     tolerance: float
     threads: int
     what: str
+    t1: float = 1.0
 
 
-def small() -> Workload:
+def small(batch: int = 64, width: int = 50, tolerance: float = 1e-6) -> Workload:
     """S: the overhead around f decides."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 2))
+    net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2))
     with torch.no_grad():
         for layer in (net[0], net[2]):
             layer.weight.mul_(3.0)
-    what = "2-50-2 tanh network with weights x 3, batch 64 of randn, float32"
-    return Workload("S", TimeFree(net), torch.randn(64, 2), 1e-6, 1, what)
+    what = f"2-{width}-2 tanh network with weights x 3, batch {batch} of randn, float32"
+    return Workload("S", TimeFree(net), torch.randn(batch, 2), tolerance, 1, what)
 
 
 def medium() -> Workload:
@@ -105,29 +125,41 @@ def medium() -> Workload:
     return Workload("M", TimeFree(net), torch.rand(512, 784), 1e-6, 2, what)
 
 
+def oscillators(mu: float = 10.0, t1: float = 20.0, spread: float = 1.0, batch: int = 256) -> Workload:
+    """V: samples that need small steps at different times, and some more of them than others."""
+    torch.manual_seed(0)
+    what = f"Van der Pol, μ = {mu:g}, from {spread:g} · randn, batch {batch}, float32, t from 0 to {t1:g}"
+    return Workload("V", VanDerPol(mu), spread * torch.randn(batch, 2), 1e-5, 1, what, t1)
+
+
 # One step size for the batch and a plain integral controller, as the peers have it: the same steps.
 MATCHED = nde.StepControl(per_sample=False, beta1=0.2, beta2=0.0)
 
 
 def reference(work: Workload) -> Tensor:
-    """The state at t = 1, in float64 at tolerance 1e-12."""
-    f, z0 = work.f.double(), work.z0.double()
+    """The state at the end, in float64 at tolerance 1e-12."""
+    f, z0, options = work.f.double(), work.z0.double(), {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
     with torch.no_grad():
-        final = nde.solve(nde.ODE(f), z0, (0.0, 1.0), solver="dopri8", rtol=1e-12, atol=1e-12).final
+        final = nde.solve(nde.ODE(f), z0, (0.0, work.t1), max_steps=10**6, **options).final
     work.f.float()
     return final
 
 
 def deviation(z: Tensor, exact: Tensor, work: Workload) -> float:
     """The largest |z - exact| / (atol + rtol·|exact|)."""
-    return float(((z.double() - exact).abs() / (work.tolerance * (1 + exact.abs()))).max())
+    z = z.to(exact)
+    return float(((z - exact).abs() / (work.tolerance * (1 + exact.abs()))).max())
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
 def in_turns(
-    contenders: dict[str, Callable[[], object]], rounds: int, least: float = 0.02, warmup: int = 3
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    least: float = 0.02,
+    warmup: int = 3,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Times contenders against each other: every round has one measurement of each.
 
@@ -140,18 +172,22 @@ def in_turns(
         least: seconds that one measurement takes at least: quick contenders are called several times. 0: all of them
             once, without a call to find out how quick they are.
         warmup: calls before anything is measured.
+        device: "cuda" has every measurement wait for the device, at its start and at its end.
 
     Returns:
         Seconds per call, one number per round; index r of all contenders belongs to round r.
     """
     names, repeats = list(contenders), {}
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     for name, call in contenders.items():
         for _ in range(warmup):
             call()
         repeats[name] = 1
         if least:
+            wait()
             start = time.perf_counter()
             call()
+            wait()
             repeats[name] = max(1, round(least / (time.perf_counter() - start)))
     seconds = {name: [] for name in names}
     for r in range(rounds):
@@ -159,9 +195,11 @@ def in_turns(
         for name in names[shift:] + names[:shift]:
             call, n = contenders[name], repeats[name]
             gc.collect()
+            wait()
             start = time.perf_counter()
             for _ in range(n):
                 call()
+            wait()
             seconds[name].append((time.perf_counter() - start) / n)
     return seconds
 

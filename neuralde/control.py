@@ -89,12 +89,11 @@ class StepControl:
             m: of the figures.
         """
         beta1, beta2 = exponents
-        shrink = m.power(ratio, -beta1) * self.safety
-        grow = m.clamp(shrink * m.power(previous, beta2), self.factor_min, self._most)
-        if accept is None:
-            return grow
-        # Bounded above too: a finished sample makes zero steps without error, and 0 · inf is no step size.
-        return m.where(accept, grow, m.clamp(shrink, self.factor_min, self._most))
+        memory = m.power(previous, beta2)
+        if accept is not None:
+            memory = m.where(accept, memory, 1.0)
+        # Bounded above in any case: a finished sample makes zero steps without error, and 0 · inf is no step size.
+        return m.clamp(m.power(ratio, -beta1) * self.safety * memory, self.factor_min, self._most)
 
     def exponents(self, order: int, tuned: tuple[float, float] | None) -> tuple[float, float]:
         """(beta1, beta2) for a method of that order, with exponents of its own or None."""

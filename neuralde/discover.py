@@ -100,13 +100,14 @@ class _Discovery:
             previous=self.control.first_memory(t, m),
             live=m.full(True, t),
             accepted=count,
-            rejected=count,
+            attempted=count,
             calls=count,
             linear=None,
             status=count,
             failed_at=s,
             last=None,
             start=s,
+            least=(s1 - s) * LEAST if p.rest is None else m.full(0.0, s),
             direction=direction,
             interior=p.interior if direction is None or p.interior is None else p.interior * direction,
             stops=None,
@@ -156,7 +157,7 @@ class _Discovery:
         for lane in self.lanes:
             if lane.unfinished:
                 lane.status = lane.m.where(lane.live, self._code(lane, Status.MAX_STEPS), lane.status)
-                lane.fail(lane.live, *lane.latest)
+                lane.fail(lane.live, self.attempts, *lane.latest)
         self.parts += self.lanes
         return self._trajectory()
 
@@ -214,8 +215,6 @@ class _Discovery:
                 settled, lost = self._settle(lane, start, ok, figures, h)
                 finished = finished | settled
         tools.judge.advance(everyone)
-        if accepted < unfinished:
-            lane.rejected = lane.rejected + (lane.live & m.invert(ok))
 
         # Choose the next step size.
         if adaptive:
@@ -230,12 +229,11 @@ class _Discovery:
         arrived = m.count(finished)
         if arrived:
             finished = finished if lane.stops is None else self._pass_stop(lane, finished)
-            lane.live = lane.live & m.invert(finished)
+            lane.leave(finished, self.attempts)
         lane.latest = figures, h
-        lane.unfinished = unfinished - arrived
-        if accepted < unfinished or lost or lane.stops is not None or self.attempts % _CHECK_EVERY == 0:
+        lane.unfinished = unfinished - arrived if lane.stops is None and not lost else m.count(lane.live)
+        if accepted < unfinished or lane.stops is not None or self.attempts % _CHECK_EVERY == 0:
             self._fail_hopeless(lane, ok, ratio, figures, h)
-            lane.unfinished = m.count(lane.live)
 
     def _step(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure):
         """The step of the lane's method, unjudged."""
@@ -320,7 +318,7 @@ class _Discovery:
         """Ends the samples that are at rest from the start."""
         codes = self.problem.rest.begin(lane.z, lane.slope)
         if codes is not None:
-            lane.live = lane.live & lane.m.invert(self._stop(lane, codes))
+            lane.leave(self._stop(lane, codes), 0)
             lane.unfinished = lane.m.count(lane.live)
 
     def _settle(self, lane: Lane, start: Tensor, ok: Figure, figures: Tensor | None, h: Figure) -> tuple[Figure, bool]:
@@ -342,7 +340,7 @@ class _Discovery:
         if not m.count(lost):
             return settled, False
         lane.status = m.where(lost, status, lane.status)
-        lane.fail(lost, figures, h)
+        lane.fail(lost, self.attempts, figures, h)
         return settled, True
 
     @staticmethod
@@ -357,10 +355,7 @@ class _Discovery:
         """Ends the samples whose next step would be too small to move t, and fixed steps that went wrong."""
         m = lane.m
         if self.control.adaptive:
-            least = abs(lane.s) * self.eps
-            if self.problem.rest is None:
-                least = m.maximum(least, (lane.s1 - lane.start) * LEAST)
-            small = lane.h <= least
+            small = lane.h <= lane.least + abs(lane.s) * self.eps
             if self.problem.dt_min is not None:
                 small = small | (m.invert(ok) & (h <= self.problem.dt_min))
             hopeless = lane.live & small
@@ -371,7 +366,8 @@ class _Discovery:
         infinite = m.invert(m.finite(ratio)) if self.control.adaptive else hopeless
         codes = (self._code(lane, code) for code in (Status.NON_FINITE, Status.STEP_SIZE_UNDERFLOW))
         lane.status = m.where(hopeless, m.where(infinite, *codes), lane.status)
-        lane.fail(hopeless, figures, h)
+        lane.fail(hopeless, self.attempts, figures, h)
+        lane.unfinished = m.count(lane.live)
 
     @staticmethod
     def _code(lane: Lane, code: Status) -> Figure:
@@ -552,7 +548,7 @@ class _Discovery:
         bad = m.invert(m.read(finite.all()[None] if self.problem.joint else finite.all(dim=1)))
         lane.status = m.where(bad, self._code(lane, Status.NON_FINITE), lane.status)
         lane.h = m.where(bad, m.full(0.0, lane.h), lane.h)
-        lane.fail(bad, None, lane.h)
+        lane.fail(bad, 0, None, lane.h)
         lane.unfinished = m.count(lane.live)
         if lane.unfinished:
             # Their slopes must not stay on a tape: f is evaluated again, without them if it can be.
@@ -627,12 +623,11 @@ class _Discovery:
         extra = (self.problem.dt0 is None) + (first.fsal or self.close or first.linearizes)
         if self.problem.noisy:  # the diffusion at both points of the first step's size; no step is closed
             extra = 3 * (self.problem.dt0 is None)
-        parts = [part.tensors(self.like) for part in self.parts]
         hits = self._hits()
         interior = self._interior(len(self.z0), hits)
         if self.held is not None:
             self.held.finish()
-        return Trajectory(self.problem, self.z0, parts, self.records, interior, extra, hits, self.held)
+        return Trajectory(self.problem, self.z0, self.parts, self.records, interior, extra, hits, self.held)
 
     def _hits(self) -> Hits | None:
         """The occurrences of all events, by event and then by time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,9 +36,11 @@ class Lane:
     """Samples that step with one method, with their control state: figures [groups], but for the tensors.
 
     Times run forward in here, whatever the direction of the solve: s = direction·t. s1 is the end of the horizon, stop
-    the next time at which a step has to end. `last` has what a failed sample's last attempt was: its step size, error
-    ratio and stiffness, [3, groups]; None while none has failed. Where steps differ in their work, `calls` counts
-    evaluations of f, and `linear` Jacobians, factorizations and linear solves, [3, groups].
+    the next time at which a step has to end, least a step that is too small for the horizon. `attempted` is what a
+    sample that is not live any more has attempted: a live one has taken part in every attempt. `last` has what a
+    failed sample's last attempt was: its step size, error ratio and stiffness, [3, groups]; None while none has failed.
+    Where steps differ in their work, `calls` counts evaluations of f, and `linear` Jacobians, factorizations and linear
+    solves, [3, groups].
     """
 
     m: Algebra
@@ -53,13 +55,14 @@ class Lane:
     previous: Figure
     live: Figure
     accepted: Figure
-    rejected: Figure
+    attempted: Figure
     calls: Figure
     linear: Tensor | None
     status: Figure
     failed_at: Figure
     last: Tensor | None
     start: Figure
+    least: Figure
     direction: Figure | None
     interior: Tensor | None
     stops: Tensor | None
@@ -102,16 +105,10 @@ class Lane:
         whole, order = Lane(**joined), torch.argsort(joined["rows"])
         return whole.keep(order)
 
-    def tensors(self, like: Tensor) -> Lane:
-        """The same with every figure a tensor. like: of the dtype and device of times."""
-        if isinstance(self.s, Tensor):
-            return self
-        count = torch.zeros_like(like, dtype=torch.int64)
-        figures = {name: self.m.tensor(getattr(self, name), like) for name in ("s", "s1", "h", "failed_at")}
-        counts = {
-            name: self.m.tensor(getattr(self, name), count) for name in ("accepted", "rejected", "calls", "status")
-        }
-        return replace(self, **figures, **counts)
+    @property
+    def groups(self) -> int:
+        """How many samples it has that step alone, or 1."""
+        return len(self.s) if isinstance(self.s, Tensor) else 1
 
     def signed(self, x: Figure) -> Figure:
         """Between t and s."""
@@ -122,7 +119,8 @@ class Lane:
         t, dt = self.signed(self.s), self.signed(h)
         if isinstance(t, Tensor):
             return t, dt
-        return torch.tensor(((t,), (dt,)), dtype=like.dtype, device=like.device).unbind(0)
+        # Filled on the device: a tensor made of a list would be copied there, which the host waits for.
+        return torch.full_like(like, t), torch.full_like(like, dt)
 
     def count(self, work: Work):
         """Adds what an attempt cost to what its samples have cost so far."""
@@ -132,10 +130,19 @@ class Lane:
         more = torch.stack([torch.as_tensor(x, device=live.device).expand(live.shape) * live for x in linear])
         self.linear = more if self.linear is None else self.linear + more
 
-    def fail(self, which: Figure, figures: Tensor | None, h: Figure):
+    def leave(self, which: Figure, attempts: int):
+        """Takes live samples out of what is stepped, after that many attempts."""
+        m = self.m
+        self.attempted = m.where(which, m.full(attempts, self.attempted), self.attempted)
+        self.live = self.live & m.invert(which)
+
+    def fail(self, which: Figure, attempts: int, figures: Tensor | None, h: Figure):
         """Ends samples where they are: they have no horizon left, so that their steps are zero.
 
         f is called for them as long as they are in the batch.
+
+        Args:
+            which: [groups]. attempts: made so far. figures, h: of the last one.
         """
         m = self.m
         dt = m.tensor(h, self.z.real)
@@ -143,7 +150,7 @@ class Lane:
         attempt = torch.stack([dt, *(torch.full_like(dt, float("nan")) if x is None else x.to(dt) for x in known)])
         self.last = attempt if self.last is None else torch.where(m.tensor(which, attempt), attempt, self.last)
         self.failed_at = m.where(which, self.s, self.failed_at)
-        self.live = self.live & m.invert(which)
+        self.leave(which, attempts)
         self.s1 = m.where(which, self.s, self.s1)
         self.stop = m.where(which, self.s, self.stop)
         if m.count(self.live):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,17 +115,17 @@ class Problem:
         """Whether it is an SDE."""
         return isinstance(self.field, NoisyField | NoisyPart)
 
-    @property
+    @functools.cached_property
     def span(self) -> Tensor:
         """t1 - t0, signed, [groups]."""
         return self._groups(self.times[-1] - self.times[0])
 
-    @property
+    @functools.cached_property
     def start(self) -> Tensor:
         """t0, [groups]."""
         return self._groups(self.times[0])
 
-    @property
+    @functools.cached_property
     def end(self) -> Tensor:
         """t1, [groups]."""
         return self._groups(self.times[-1])

@@ -134,15 +134,16 @@ class Solution:
     residual: Tensor | None = None
 
     def __init__(self, problem: Problem, outcome: Outcome, ts: Tensor, found: Outputs, z0_flat: Tensor):
-        trajectory = outcome.trajectory
         self._problem, self._outcome, self._z0 = problem, outcome, z0_flat
         self._stopped, self._held = found.stopped, found.held
         self.ts, self.zs, self.events = ts, problem.field.layout.unpack(found.zs), found.events
-        batch = problem.field.layout.batch
-        self.status = trajectory.status.expand(batch)
         self._calls = problem.field.calls
         self.solver, self.control = problem.solver, problem.control
         self.rtol, self.atol = problem.norm.rtol, problem.norm.atol
+
+    @functools.cached_property
+    def status(self) -> Tensor:  # noqa: D102
+        return self._outcome.trajectory.status.expand(self._problem.field.layout.batch)
 
     @functools.cached_property
     def stats(self) -> Statistics:

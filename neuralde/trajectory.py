@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import control as _control
+from .algebra import Figure
 from .errors import Status
 from .events import Hits
 from .grid import Grid, Record
@@ -45,7 +46,7 @@ class Trajectory:
         interior: the interior outputs, [points, batch, features], or None; NaN where not reached.
         hits: the events that took place, or None. Their states are the last rows of `interior`.
         slope: f at the end, [batch, features], or None where the solver has no use for it.
-        status: [groups]. complete: whether every sample succeeded.
+        complete: whether every sample succeeded.
         records: the accepted attempts.
     """
 
@@ -62,26 +63,37 @@ class Trajectory:
     ):
         self.problem, self.records, self.interior, self.hits = problem, records, interior, hits
         self._z0, self._parts, self._nfe_extra, self._held = z0, parts, nfe_extra, held
-        self.status = self._whole(lambda lane: lane.status)
         self.final = self._whole(lambda lane: lane.z)
         if problem.rest is not None:
             self.status, self.final = problem.rest.verdict(self.status, self.final)
-        failed = self.status != Status.SUCCESS
-        self.complete = not bool(failed.any())
-        if not self.complete and problem.rest is None:
-            self.final = torch.where(failed[:, None], float("nan"), self.final)
+            self.complete = bool((self.status == Status.SUCCESS).all())
+        else:
+            self.complete = all(part.last is None for part in parts)
+            if not self.complete:
+                self.final = torch.where((self.status != Status.SUCCESS)[:, None], float("nan"), self.final)
         known = all(part.slope is not None for part in parts)
         self.slope = self._whole(lambda lane: lane.slope).detach() if known else None
         for part in parts:
             part.z = part.slope = part.past_slopes = part.tools = None
 
-    def _whole(self, figure) -> Tensor:
+    @functools.cached_property
+    def status(self) -> Tensor:
+        """How each group's solve ended, [groups]."""
+        return self._whole(lambda lane: lane.status)
+
+    def _whole(self, quantity) -> Tensor:
         """A quantity of all samples, put together from the lanes that they finished in."""
-        values = [figure(part) for part in self._parts]
+        values = [self._tensor(quantity(part)) for part in self._parts]
         if len(values) == 1:
             return values[0]
         order = torch.argsort(torch.cat([part.rows for part in self._parts]))
         return torch.cat(values).index_select(0, order)
+
+    def _tensor(self, x: Figure) -> Tensor:
+        """A figure as a tensor, [groups]."""
+        if isinstance(x, Tensor):
+            return x
+        return torch.full_like(self.problem.start, x, dtype=torch.int64 if isinstance(x, int) else None)
 
     @functools.cached_property
     def grid(self) -> Grid:
@@ -118,33 +130,34 @@ class Trajectory:
     @functools.cached_property
     def counts(self) -> Counts:
         """The work."""
-        accepted, rejected = self._whole(lambda lane: lane.accepted), self._whole(lambda lane: lane.rejected)
+        accepted, attempted = self._whole(lambda lane: lane.accepted), self._whole(lambda lane: lane.attempted)
         nfe = self._whole(lambda lane: lane.calls) + self._nfe_extra
         solver = self.problem.solver
         if len(solver.parts) == 1 and not solver.linearizes and solver.calls_per_step is not None:
-            nfe = nfe + (accepted + rejected) * solver.calls_per_step
-        linear = self._whole(_linear).unbind(1)
-        return Counts(*(x.expand(len(self._z0)) for x in (accepted, rejected, nfe.clamp(min=1), *linear)))
+            nfe = nfe + attempted * solver.calls_per_step
+        linear = self._whole(self._linear).unbind(1)
+        return Counts(*(x.expand(len(self._z0)) for x in (accepted, attempted - accepted, nfe.clamp(min=1), *linear)))
 
     @functools.cached_property
     def reached(self) -> Tensor:
         """The time that every sample got to, [groups]."""
-        return self._whole(lambda lane: lane.signed(torch.where(lane.status == Status.SUCCESS, lane.s, lane.failed_at)))
+        return self._whole(
+            lambda lane: lane.signed(lane.m.where(lane.status == Status.SUCCESS, lane.s, lane.failed_at))
+        )
 
     def last_attempt(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dt, error ratio, stiffness) of every failed sample's last attempt, [groups] or None if not reported."""
         solver = self.problem.solver
-        error, stiffness = (self._whole(lambda lane, i=i: _last(lane)[i]) for i in (1, 2))
+        error, stiffness = (self._whole(lambda lane, i=i: self._last(lane)[i]) for i in (1, 2))
         return (
-            self._whole(lambda lane: lane.signed(_last(lane)[0])),
+            self._whole(lambda lane: lane.signed(self._last(lane)[0])),
             error if solver.error_order is not None else None,
             stiffness if solver.reports_stiffness else None,
         )
 
+    def _last(self, lane: Lane) -> Tensor:
+        return self.problem.start.new_full((3, lane.groups), float("nan")) if lane.last is None else lane.last
 
-def _last(lane: Lane) -> Tensor:
-    return lane.s.new_full((3, len(lane.s)), float("nan")) if lane.last is None else lane.last
-
-
-def _linear(lane: Lane) -> Tensor:
-    return lane.s.new_zeros(len(lane.s), 3, dtype=torch.int64) if lane.linear is None else lane.linear.T
+    def _linear(self, lane: Lane) -> Tensor:
+        none = self.problem.start.new_zeros(lane.groups, 3, dtype=torch.int64)
+        return none if lane.linear is None else lane.linear.T

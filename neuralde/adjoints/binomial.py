@@ -49,7 +49,7 @@ def limited(problem: Problem, keep: int | None) -> Problem:
             f"dense=True keeps the stages of every step, and checkpoints={keep} at most as many states: leave one of "
             "them out"
         )
-    return dataclasses.replace(problem, keep=keep)
+    return problem if problem.keep == keep else dataclasses.replace(problem, keep=keep)
 
 
 class Action(NamedTuple):
