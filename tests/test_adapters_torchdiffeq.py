@@ -139,6 +139,28 @@ def test_options(function, method, options):
     assert bool(reg.LocalError()(solution) > 0)
 
 
+@FUNCTION
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_gradients_of_times_and_start(method, function):
+    f, found = Net(), []
+    for module in (torchdiffeq, adapter):
+        t, y0 = TIMES["forwards"].clone().requires_grad_(), start().requires_grad_()
+        y = getattr(module, function)(f, y0, t, method=method, **LOOSE)
+        found.append(torch.autograd.grad(y.square().sum(), [t, y0]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@FUNCTION
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "scipy_solver"])
+def test_on_a_gpu(method, function):
+    f, t, y0 = Net().cuda(), TIMES["forwards"].cuda(), start().cuda()
+    theirs, _ = solved(torchdiffeq, function, f, t, y0, method=method)
+    ours, _ = solved(adapter, function, f, t, y0, method=method)
+    value = reg.LocalError()(getattr(adapter, function).solution)
+    assert torch.equal(ours, theirs) and value.is_cuda and bool(value > 0)
+
+
 def test_signatures_copies_and_random_numbers():
     for name in (*FUNCTIONS, "odeint_event"):
         ours, theirs = (inspect.signature(getattr(module, name)) for module in (adapter, torchdiffeq))
@@ -163,6 +185,7 @@ def test_torchdiffeq_speaks_where_something_is_wrong(function):
         ((f, y0, t), {"method": "nonsense"}),
         ((f, [y0], t), {}),
         ((f, y0, [0.0, 1.0]), {}),
+        ((f, y0, torch.tensor([0, 1])), {}),
         ((f, y0, torch.tensor([0.0, 0.0], dtype=torch.float64)), {}),
         ((f, y0, t.flip(0)[[1, 0, 2]]), {}),
         ((lambda t, y: f(t, y), y0, t), {} if function == "odeint_adjoint" else {"method": 3}),
