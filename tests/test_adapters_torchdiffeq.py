@@ -507,6 +507,17 @@ def test_what_a_black_box_cannot_give():
             reg.LocalError()(adapter.odeint.solution)
 
 
+def test_sums_of_penalties():
+    f = Net()
+    solved(adapter, "odeint", f)
+    solution, one, other = adapter.odeint.solution, reg.LocalError("biased"), reg.LocalStiffness()
+    close((one + 0.5 * other)(solution), one(solution) + 0.5 * other(solution), 1e-14)
+    assert torch.equal(one.sample(solution), solution.place("biased").t[None])
+    both, t = reg.Steer() + other, TIMES["forwards"]
+    adapter.odeint(f, start(), both.parts[0].sample(t), **LOOSE)
+    close(both(adapter.odeint.solution), other(adapter.odeint.solution), 1e-14)
+
+
 def test_another_solver_for_the_step():
     f = Net()
     solved(adapter, "odeint", f, method="rk4", options={"step_size": 0.05})
