@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchsde
+from adapters import check_gradient
 from helpers import close, refused
 from torch import nn
 
@@ -170,23 +171,7 @@ def test_gradients_against_finite_differences(method, function, sampling):
     sde = SDE()
     solved(adapter, function, sde, method=method)
     solution, penalty = getattr(adapter, function).solution, reg.LocalError(sampling)
-    parameters = list(sde.parameters())
-    direction = [torch.randn_like(p) for p in parameters]
-    slope = sum(
-        (g * d).sum() for g, d in zip(torch.autograd.grad(penalty(solution), parameters), direction, strict=True)
-    )
-
-    def moved(by):
-        with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p += by * d
-            value = penalty(solution)
-            for p, d in zip(parameters, direction, strict=True):
-                p -= by * d
-        return value
-
-    step = 1e-4
-    close(slope, (8 * (moved(step) - moved(-step)) - moved(2 * step) + moved(-2 * step)) / (12 * step), 1e-6)
+    check_gradient(penalty, solution, list(sde.parameters()))
 
 
 def test_gradients_through_the_state():
