@@ -137,8 +137,11 @@ class _Local(Regularizer):
         """Draws the times: uniform on the horizon (unbiased), or uniform over the starts of the accepted steps.
 
         Returns:
-            [batch]; one value repeated under joint control.
+            [batch]; one value repeated under joint control. Of another library's solve the time drawn as it was made,
+            [1].
         """
+        if isinstance(solution, Recorded):
+            return solution.place(self.sampling).t.reshape(1)
         batch = len(solution.status)
         draws = 1 if not solution.control.per_sample else batch
         device = solution.ts.device if self.generator is None else self.generator.device

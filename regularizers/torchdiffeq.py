@@ -55,7 +55,8 @@ class _Recording:
         """As torchdiffeq's function of this name."""
         self._last.solution = None  # lets go of the last call's graph before this one's is built
         likes = y0 if isinstance(y0, tuple) else (y0,)
-        usable = bool(likes) and all(isinstance(x, Tensor) for x in likes) and isinstance(t, Tensor) and t.dim() == 1
+        usable = bool(likes) and all(isinstance(x, Tensor) for x in likes)
+        usable = usable and isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point()
         if not usable or len(t) < 2 or not wanted(func):
             result = self.__wrapped__(func, y0, t, **kwargs)
             solution = Skipped(f"torchdiffeq.{self.__name__}", likes[0]) if usable else None

@@ -7,6 +7,7 @@ torchdyn is not imported: whoever has one of its layers has done so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -38,22 +39,21 @@ _LEFT = ("_control", "noise")
 def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
     """See `regularizers.attach`. Returns whether the model has such a layer."""
     core = sys.modules["torchdyn.core.neuralde"]
-    found = False
+    made = []
     for layer in model.modules():
         if isinstance(layer, core.NeuralODE):
-            # Attributes of the object go before those of its class, and are copied and pickled with it.
-            layer.forward, layer.trajectory = (
-                _Watched(layer, name) if engine is None else _Swapped(layer, name, solve_options)
-                for name in ("forward", "trajectory")
-            )
+            call = _Watched if engine is None else functools.partial(_Swapped, solve_options=solve_options)
         elif isinstance(layer, core.NeuralSDE):
             if engine is not None:
                 raise ValueError(f"{type(layer).__name__}: engine={engine!r} can make the solves of a NeuralODE only")
-            layer.forward, layer.trajectory = (_WatchedSDE(layer, name) for name in ("forward", "trajectory"))
+            call = _WatchedSDE
         else:
             continue
-        found, layer.solution = True, None
-    return found
+        made.append((layer, call(layer, "forward"), call(layer, "trajectory")))
+    for layer, forward, trajectory in made:  # all or none
+        # Attributes of the object go before those of its class, and are copied and pickled with it.
+        layer.forward, layer.trajectory, layer.solution = forward, trajectory, None
+    return bool(made)
 
 
 def method_of(solver) -> Solver:

@@ -22,6 +22,8 @@ import torch
 import torchsde
 from torch import Tensor, nn
 
+import neuralde as nde
+from neuralde import solvers
 from neuralde.control import rms
 from neuralde.introspection import Probe
 
@@ -29,6 +31,7 @@ from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
 
 __all__ = ["sdeint", "sdeint_adjoint"]
 
+_METHODS = ("euler", "milstein", "srk", "euler_heun", "heun", "midpoint", "log_ode")
 _EVALUATIONS = ("f", "g", "f_and_g", "g_prod", "f_and_g_prod")
 
 
@@ -175,10 +178,8 @@ class _Watch:
         return y if through else y.detach()
 
     def _lens(self, place: Place, y: Tensor, solver, able: Callable) -> Probe:
-        if not able(_Estimate):
-            raise ValueError(f"{self.source} has no stiffness estimate; LocalError has what it needs")
-        if solver is not None and not isinstance(solver, str):
-            raise TypeError(f"solver must be the name of a method of torchsde's, got {type(solver).__name__}")
+        if not able(_Estimate) or not (solver is None or solver in _METHODS):
+            return self._by_neuralde(place, y, solver, able)
         method, how = solver or self.method, self.how
         t, dt = place.t, torch.as_tensor(place.dt).to(place.t)
         noise = torchsde.BrownianInterval(
@@ -216,6 +217,25 @@ class _Watch:
             rms(error, True).expand(batch),
             None,
             method,
+        )
+
+    def _by_neuralde(self, place: Place, y: Tensor, solver, able: Callable) -> Probe:
+        """The step by a solver of ours, where torchsde's method does not report what is asked for."""
+        how = self.how
+        sde, names = how["sde"], how["names"] or {}
+        f, g = (getattr(sde, names.get(name, x), None) for name, x in (("drift", "f"), ("diffusion", "g")))
+        if f is None or g is None:
+            raise ValueError(f"a step of {self.source} by a solver of neuralde's needs the SDE's own f and g")
+        equation = nde.SDE(f, g, sde.noise_type, sde.sde_type)
+        solver = solvers.for_sde(solver, equation)
+        if not able(solver):
+            raise ValueError(
+                f"{self.source} has no stiffness estimate, nor has {solver.name!r}, which solves this SDE here; "
+                "LocalError has what it needs"
+            )
+        tolerances = {"rtol": how["rtol"], "atol": how["atol"]}
+        return nde.probe(
+            equation, place.t, y, place.dt, solver=solver, control="joint", seed=self.entropy, **tolerances
         )
 
 

@@ -11,6 +11,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from adapters import check_gradient
 from helpers import close, refused
 from torch import nn
 
@@ -112,22 +113,8 @@ def test_gradients_against_finite_differences(sensitivity):
     while float(ours.solution.place("biased").t) == 0.0:  # the first step is so small that its error is rounding
         ours(start(), SPANS["forwards"])
     solution, parameters = ours.solution, list(ours.vf.parameters())
-    direction = [torch.randn_like(p) for p in parameters]
     for penalty in (reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness()):
-        found = torch.autograd.grad(penalty(ours), parameters, allow_unused=True)
-        slope = sum((g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None)
-
-        def moved(by, penalty=penalty):
-            with torch.no_grad():
-                for p, d in zip(parameters, direction, strict=True):
-                    p += by * d
-                value = penalty(solution)
-                for p, d in zip(parameters, direction, strict=True):
-                    p -= by * d
-            return value
-
-        step = 1e-4
-        close(slope, (8 * (moved(step) - moved(-step)) - moved(2 * step) + moved(-2 * step)) / (12 * step), 1e-6)
+        check_gradient(penalty, solution, parameters)
 
 
 def test_gradients_through_the_state():

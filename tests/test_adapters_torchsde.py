@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchsde
+from adapters import check_gradient
 from helpers import close, refused
 from torch import nn
 
@@ -170,23 +171,7 @@ def test_gradients_against_finite_differences(method, function, sampling):
     sde = SDE()
     solved(adapter, function, sde, method=method)
     solution, penalty = getattr(adapter, function).solution, reg.LocalError(sampling)
-    parameters = list(sde.parameters())
-    direction = [torch.randn_like(p) for p in parameters]
-    slope = sum(
-        (g * d).sum() for g, d in zip(torch.autograd.grad(penalty(solution), parameters), direction, strict=True)
-    )
-
-    def moved(by):
-        with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p += by * d
-            value = penalty(solution)
-            for p, d in zip(parameters, direction, strict=True):
-                p -= by * d
-        return value
-
-    step = 1e-4
-    close(slope, (8 * (moved(step) - moved(-step)) - moved(2 * step) + moved(-2 * step)) / (12 * step), 1e-6)
+    check_gradient(penalty, solution, list(sde.parameters()))
 
 
 def test_gradients_through_the_state():
@@ -204,15 +189,27 @@ def test_gradients_through_the_state():
 def test_what_a_black_box_cannot_give():
     sde = SDE("stratonovich")
     solved(adapter, "sdeint", sde, method="heun")
-    with refused(ValueError, "stiffness", "LocalError"):
+    with refused(ValueError, "stiffness", "midpoint", "LocalError"):
         reg.LocalStiffness()(adapter.sdeint.solution)
     with refused(TypeError, "GlobalError", "LocalError"):
         reg.GlobalError()(adapter.sdeint.solution)
-    with refused(TypeError, "solver", "Tsit"):
-        reg.LocalError(solver=type("Tsit", (), {})())(adapter.sdeint.solution)
+    with refused(ValueError, "tsit5", "Stratonovich", "midpoint"):
+        reg.LocalError(solver="tsit5")(adapter.sdeint.solution)
     solved(adapter, "sdeint", sde, method="reversible_heun")
     with refused(ValueError, "reversible_heun", "midpoint"):
         reg.LocalError()(adapter.sdeint.solution)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "additive"])
+def test_a_step_by_a_solver_of_ours(noise):
+    sde = SDE(noise_type=noise)
+    solved(adapter, "sdeint", sde, method="euler")
+    solution = adapter.sdeint.solution
+    for penalty in (reg.LocalStiffness(), reg.LocalError(solver="sosra2" if noise == "additive" else "sosri")):
+        assert penalty.look(solution).solver.name.startswith("sos")
+        gradient = torch.autograd.grad(penalty(solution), list(sde.drift.parameters()))
+        assert all(bool(g.isfinite().all()) for g in gradient) and bool(gradient[0].any())
+        assert torch.equal(penalty(solution), penalty(solution))
 
 
 @FUNCTION

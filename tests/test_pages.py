@@ -56,6 +56,15 @@ def test_interop_code_runs():
     assert all(p.grad is not None for p in (*scope["f"].parameters(), *scope["correction"].parameters()))
 
 
+def test_existing_code_page_runs():
+    pytest.importorskip("torchdyn.core")
+    scope = {}
+    for block in code_of("docs/regularize-existing-code.md"):
+        exec(block, scope)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in scope["f"].parameters())
+    assert all(bool(p.grad.any()) for p in scope["sde"].parameters())
+
+
 def test_a_side_output_is_a_component_of_the_state():
     w = torch.tensor(0.7, requires_grad=True)
     scope = {"nde": nde, "f": lambda t, z: -w * z, "z0": torch.ones(8, 2)}

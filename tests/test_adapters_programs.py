@@ -1,0 +1,294 @@
+"""`regularizers.torchdiffeq` in programs: tuples, several solves, events, autocast, DDP, and its documentation's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torchdiffeq
+from adapters import FUNCTIONS, LOOSE, TIMES, Net, gradients, solved, start
+from helpers import refused
+from torch import nn
+
+import regularizers as reg
+from regularizers import torchdiffeq as adapter
+
+FUNCTION = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _times():
+    """The same sampled times in every run, whatever ran before."""
+    with reg.record(torch.Generator().manual_seed(0)):
+        yield
+
+
+@FUNCTION
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_tuples(function, method):
+    f = Net()
+
+    class Augmented(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = f
+
+        def forward(self, t, y):
+            return self.f(t, y[0]), y[1] * t + y[0].square().sum(dim=1, keepdim=True)
+
+    y0, t = (start(), torch.zeros(5, 1, dtype=torch.float64)), TIMES["forwards"]
+    theirs = getattr(torchdiffeq, function)(Augmented(), y0, t, method=method, **LOOSE)
+    ours = getattr(adapter, function)(Augmented(), y0, t, method=method, **LOOSE)
+    assert isinstance(ours, tuple) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(gradients(ours[1], f), gradients(theirs[1], f), strict=True):
+        assert torch.equal(a, b)
+    for sampling in ("unbiased", "biased"):
+        value = reg.LocalError(sampling)(getattr(adapter, function).solution)
+        assert float(value) > 0
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value, list(f.parameters())))
+
+
+class Block(nn.Module):
+    """As programs have it: a Module that calls odeint."""
+
+    def __init__(self, f, function):
+        super().__init__()
+        self.f, self.function = f, function
+
+    def forward(self, y):
+        return self.function(self.f, y, torch.tensor([0.0, 1.0], dtype=y.dtype), **LOOSE)[-1]
+
+
+@FUNCTION
+def test_several_solves_shared_fields_and_sequential(function):
+    f, g = Net(), Net(gain=1.0)
+    model = nn.Sequential(*(Block(x, getattr(adapter, function)) for x in (f, g, f)))
+    plain = nn.Sequential(*(Block(x, getattr(torchdiffeq, function)) for x in (f, g, f)))
+    penalty = reg.LocalError()
+    with reg.record() as outer, reg.record() as solutions:
+        ours = model(start())
+    model(start())
+    assert torch.equal(ours, plain(start()))
+    assert len(solutions) == 3 and outer == solutions
+    value = penalty(solutions)
+    assert torch.equal(value, sum(penalty(s) for s in solutions))
+    value.backward()
+    assert all(bool(p.grad.abs().sum() > 0) for x in (f, g) for p in x.net[0].parameters())
+    with reg.record() as nothing:
+        pass
+    with refused(ValueError, "record"):
+        penalty(nothing)
+
+
+@FUNCTION
+def test_no_penalty_no_cost_without_gradients_and_in_eval_mode(function):
+    f, ours = Net(), getattr(adapter, function)
+    accepted = []
+    f.callback_accept_step = lambda t, y, dt: accepted.append(t)
+    with reg.record() as solutions:
+        with torch.no_grad():
+            _, without = solved(adapter, function, f)
+        assert float(reg.LocalError()(ours.solution)) == 0.0
+        f.eval()
+        solved(adapter, function, f)
+    calls = f.calls
+    assert float(reg.LocalStiffness(weight=3.0)(solutions)) == 0.0
+    assert f.calls == calls == without and len(solutions) == 2
+
+
+def test_autocast():
+    f = Net(d=8).float()
+    y0, t = torch.randn(4, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([0.0, 0.4])
+    how = {"rtol": 1e-1, "atol": 1e-1}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = torchdiffeq.odeint(f, y0, t, **how)
+        ours = adapter.odeint(f, y0, t, **how)
+        inside = reg.LocalError()(adapter.odeint.solution)
+    seen = []
+    f.net[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    outside = reg.LocalError()(adapter.odeint.solution)
+    assert torch.equal(ours, theirs) and torch.equal(inside, outside) and set(seen) == {torch.bfloat16}
+    outside.backward()
+    adapter.odeint(f, y0, t, **how)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reg.LocalError()(adapter.odeint.solution)
+    assert set(seen) == {torch.float32}
+
+
+def test_distributed(tmp_path):
+    def gradients_of(wrap):
+        model = nn.Sequential(nn.Linear(3, 3).double(), Block(Net(), adapter.odeint_adjoint))
+        torch.manual_seed(1)
+        nn.init.normal_(model[0].weight)
+        nn.init.zeros_(model[0].bias)
+        wrapped = wrap(model)
+        with reg.record(torch.Generator().manual_seed(0)) as solutions:
+            loss = wrapped(start()).square().mean()
+        (loss + reg.LocalError()(solutions)).backward()
+        return [p.grad for p in model.parameters()]
+
+    alone = gradients_of(lambda model: model)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        together = gradients_of(nn.parallel.DistributedDataParallel)
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_replicas_of_data_parallel_keep_their_gradients():
+    f = Net()
+    f._is_replica = True
+    f.net._is_replica = True
+    weights = [p.detach().clone().requires_grad_() for p in f.net[0].parameters()]
+    for name, p in zip(("weight", "bias"), weights, strict=True):
+        del f.net[0]._parameters[name]
+        f.net[0].__dict__[name] = p
+    ours = adapter.odeint_adjoint(f, start(), TIMES["forwards"], **LOOSE)
+    theirs = torchdiffeq.odeint_adjoint(f, start(), TIMES["forwards"], **LOOSE)
+    for a, b in zip(*(torch.autograd.grad(y[-1].sum(), weights) for y in (ours, theirs)), strict=True):
+        assert torch.equal(a, b) and bool(a.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@FUNCTION
+@pytest.mark.parametrize(("method", "options"), [("dopri5", None), ("rk4", {"step_size": 0.05})])
+def test_events(method, options, function, reverse):
+    class Fall(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.g = nn.Parameter(torch.tensor(9.81, dtype=torch.float64))
+
+        def forward(self, t, y):
+            return y[1], (-self.g + 0.1 * torch.sin(9 * t)).expand_as(y[1])
+
+    f, sign = Fall(), -1.0 if reverse else 1.0
+    y0 = tuple(torch.tensor([x], dtype=torch.float64) for x in (10.0, 0.0))
+    how = {"event_fn": lambda t, y: y[0], "reverse_time": reverse, "method": method, "options": options, **LOOSE}
+    t0 = torch.tensor([0.0], dtype=torch.float64)
+    results = []
+    for module in (torchdiffeq, adapter):
+        t, y = module.odeint_event(f, y0, t0, odeint_interface=getattr(module, function), **how)
+        results.append((t, *y, *torch.autograd.grad(t + y[1][-1].sum(), [f.g])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    solution, end = getattr(adapter, function).solution, float(results[0][0])
+    for sampling in ("unbiased", "biased"):
+        place = solution.place(sampling)
+        assert 0 <= sign * float(place.t) <= abs(end) and sign * float(place.dt) > 0
+        # Free fall, nearly.
+        expected = 10 - 0.5 * 9.81 * float(place.t) ** 2
+        assert abs(float(place.state(False)[0]) - expected) < 0.1
+        assert float(reg.LocalError(sampling)(solution)) > 0
+
+
+def test_imports_stay_light():
+    script = (
+        "import sys, regularizers; "
+        "found = {'torchdiffeq', 'torchdyn', 'torchsde'} & set(sys.modules); assert not found, found; "
+        "import regularizers.torchdiffeq; assert 'torchdyn' not in sys.modules and 'torchsde' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# -- programs from the documentation, small ----------------------------------------------------------------------------
+
+
+def test_ode_demo():
+    """A cubic spiral, learned from pieces of it."""
+    true, t = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]]), torch.linspace(0.0, 25.0, 200)
+    with torch.no_grad():
+        path = torchdiffeq.odeint(lambda t, y: y**3 @ true, torch.tensor([[2.0, 0.0]]), t)
+
+    class Cubic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 2))
+
+        def forward(self, t, y):
+            return self.net(y**3)
+
+    def trained(odeint, penalty=None):
+        f, losses = Cubic(), []
+        rate = torch.optim.RMSprop(f.parameters(), lr=1e-3)
+        torch.manual_seed(1)
+        for _ in range(3):
+            first = torch.randint(0, 190, (8,))
+            loss = (odeint(f, path[first], t[:10]) - torch.stack([path[first + i] for i in range(10)])).abs().mean()
+            losses.append(loss.detach())
+            extra = 0.0 if penalty is None else penalty(odeint.solution)
+            rate.zero_grad()
+            (loss + extra).backward()
+            rate.step()
+        return losses, f, extra
+
+    theirs, ours = trained(torchdiffeq.odeint), trained(adapter.odeint)
+    assert theirs[0] == ours[0]
+    assert all(torch.equal(a, b) for a, b in zip(theirs[1].parameters(), ours[1].parameters(), strict=True))
+    # In float32, an error ratio at a tolerance of 1e-9 is rounding noise; stiffness is not.
+    regularized = trained(adapter.odeint, reg.LocalStiffness(weight=0.1))
+    assert float(regularized[2]) > 0 and regularized[0][-1] != theirs[0][-1]
+
+
+def test_digits_example():
+    """A convolutional classifier with an ODE block, as in the MNIST example."""
+    from neuralde.experiments.data import digits
+
+    data = digits()
+    x, y = data.train_x[:32].reshape(-1, 1, 8, 8), data.train_y[:32]
+
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.GroupNorm(4, 8) for _ in range(3))
+            self.convs = nn.ModuleList(nn.Conv2d(9, 8, 3, padding=1) for _ in range(2))
+
+        def forward(self, t, z):
+            for norm, conv in zip(self.norms, self.convs, strict=False):
+                z = torch.relu(norm(z))
+                z = conv(torch.cat([z, torch.ones_like(z[:, :1]) * t], dim=1))
+            return self.norms[2](z)
+
+    class ODEBlock(nn.Module):
+        def __init__(self, odeint):
+            super().__init__()
+            self.f, self.odeint = Convolutions(), odeint
+
+        def forward(self, z):
+            return self.odeint(self.f, z, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3)[1]
+
+    def trained(odeint, penalty=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2), ODEBlock(odeint), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+        )
+        descent = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            loss = nn.functional.cross_entropy(model(x), y)
+            extra = None if penalty is None else penalty(odeint.solution)
+            descent.zero_grad()
+            (loss if extra is None else loss + extra).backward()
+            descent.step()
+        return loss, model, extra
+
+    for name in FUNCTIONS:
+        theirs, ours = trained(getattr(torchdiffeq, name)), trained(getattr(adapter, name))
+        assert torch.equal(theirs[0], ours[0])
+        assert all(torch.equal(a, b) for a, b in zip(theirs[1].parameters(), ours[1].parameters(), strict=True))
+        loss, _, extra = trained(getattr(adapter, name), reg.LocalError(weight=1.0))
+        assert float(extra) > 0 and not torch.equal(loss, theirs[0])
+
+
+def test_no_warnings_of_ours():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for method in ("dopri5", "euler"):
+            for function in FUNCTIONS:
+                solved(adapter, function, Net(), method=method)
+                reg.LocalError()(getattr(adapter, function).solution).backward()
