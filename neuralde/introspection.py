@@ -360,7 +360,7 @@ def integrate(solution: Solution, figure: Figure) -> Tensor:
 
     The states are those at the ends of the steps, and in their middles those of the cubic through the states and slopes
     there, so that no step is made again. On every step the rule is exact for cubics, and its weights are positive. The
-    memory is that of the checkpointed adjoint.
+    memory is some states per step: everything else is made again in the backward pass.
 
     Args:
         solution: of `solve`.

@@ -40,17 +40,25 @@ class Tape(list):
         for series in self:
             series.coefficients.append(series.rule(k))
 
+    def release(self) -> None:
+        """Lets go of the coefficients now: series and rules refer to each other, and would wait for the collector."""
+        for series in self:
+            series.coefficients, series.rule, series.rate = [], None, None
+        self.clear()
+
 
 class Series(Tensor):
     """A tensor that is a power series in time, and looks like its value: Σ_k coefficients[k]·s^k.
 
     Attributes:
         coefficients: the first one is the value, None is zero. rule: k -> coefficient k. tape: where it is recorded.
+        rate: of a function of a series, its derivative by it.
     """
 
     coefficients: list[Coefficient]
     rule: Callable[[int], Coefficient]
     tape: Tape
+    rate: Tensor | None = None
 
     @staticmethod
     def __new__(cls, tape: Tape, coefficients: list[Coefficient], rule: Callable[[int], Coefficient] | None = None):
@@ -107,6 +115,13 @@ def derivatives(f: Callable, t: Tensor | None, z: Tensor, order: int) -> list[Te
     if order == 1:
         return [f(t, z)]
     tape = Tape()
+    try:
+        return _derivatives(tape, f, t, z, order)
+    finally:
+        tape.release()
+
+
+def _derivatives(tape: Tape, f: Callable, t: Tensor | None, z: Tensor, order: int) -> list[Tensor]:
     state = Series(tape, [z])
     time = None if t is None else Series(tape, [t, torch.ones_like(t)] + [None] * (order - 2))
     out = f(time, state)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neuralde.solution import Solution
 
 from .base import Regularizer, solutions
+from .recorded import Recorded
 from .schedules import Schedule
 
 
@@ -117,7 +118,7 @@ class Steer(Regularizer):
         """Zeros, [batch]."""
         return torch.zeros(len(solution.converged), device=solution.converged.device)
 
-    def forward(self, source: Solution | nn.Module) -> Tensor:
+    def forward(self, source: Solution | Recorded | nn.Module | list) -> Tensor:
         """0, and `prepare` for a model.
 
         Raises:
@@ -130,7 +131,7 @@ class Steer(Regularizer):
             raise ValueError(
                 "Steer acts on solves, not on a Solution: call steer.prepare(model), or solve at steer.sample(t)"
             )
-        return sum(self.figure(solution).sum() for solution in found)
+        return torch.zeros((), device=found[0].converged.device)
 
     def extra_repr(self) -> str:
         """The half-width as it is now."""

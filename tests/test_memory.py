@@ -1,11 +1,16 @@
 """The memory that the adjoints promise, counted in bytes that autograd holds on to: the same on every machine."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import neuralde as nde
 import regularizers as reg
+from regularizers.taylor import derivatives
 
 
 def held_bytes(adjoint, steps, penalty=None):
@@ -44,3 +49,38 @@ def test_checkpointed_grows_by_one_state_per_step():
 def test_a_global_penalty_keeps_the_checkpointed_memory():
     plain, regularized = (held_bytes("checkpointed", 50, p) for p in (None, reg.GlobalError()))
     assert regularized < 1.1 * plain
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [reg.KineticEnergy(), reg.TaylorDerivative(3), reg.TaylorDerivative(3, mode="jvp"), reg.JacobianFrobenius()],
+    ids=lambda p: f"{type(p).__name__}-{getattr(p, 'mode', '')}",
+)
+def test_penalties_along_the_solution_keep_some_states_per_step(penalty):
+    """Not the layers of f: those are eight states wide. Counted while they are alive, whoever refers to them."""
+    state = 512 * 64 * 4
+    with gc_off():
+        growth = (held_bytes("checkpointed", 30, penalty) - held_bytes("checkpointed", 10, penalty)) / 20
+    assert growth < 8 * state
+
+
+@contextlib.contextmanager
+def gc_off():
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_taylor_mode_leaves_nothing_to_the_collector():
+    alive = weakref.WeakSet()
+
+    def f(t, z):
+        out = torch.tanh(z * t) / (1 + torch.exp(z))
+        alive.update([z, out])
+        return out
+
+    with gc_off():
+        derivatives(f, torch.ones(2, 1), torch.ones(2, 3), 4)
+        assert not len(alive)

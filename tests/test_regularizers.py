@@ -687,6 +687,47 @@ def test_biased_times_are_those_of_the_samples_own_steps():
         assert ((steps.t == times) & steps.mask).any(dim=0).all()
 
 
+def figures_at(cls, times, t):
+    """A local penalty's figure at given times of one solution (every sample of `many` is the same)."""
+    watched = cls()
+    watched.sample = lambda solution: times
+    with torch.no_grad():
+        return watched.figure(many(t, rows=len(times)))
+
+
+@pytest.mark.parametrize("cls", LOCAL)
+@pytest.mark.parametrize("t", [(0.0, 2.0), (3.0, -1.0)])
+def test_the_unbiased_expectation_is_the_integral(cls, t):
+    """Over 20,000 sampled times, within 3 standard errors of the mean of the figure over the horizon."""
+    count, fine = 20_000, 8_001
+    with torch.no_grad():
+        sampled = cls("unbiased", generator=torch.Generator().manual_seed(4)).figure(many(t, rows=count))
+    along = figures_at(cls, torch.linspace(*t, fine, dtype=torch.float64), t)
+    integral = (along[1:] + along[:-1]).mean() / 2
+    error = sampled.std() / count**0.5
+    assert error < 0.04 * integral, "precise enough to see a bias"
+    assert (sampled.mean() - integral).abs() < 3 * error
+
+
+@pytest.mark.parametrize("cls", LOCAL)
+def test_the_biased_expectation_is_the_mean_over_the_steps(cls):
+    """Over 20,000 sampled times; the mean over the horizon is another number."""
+    count, t = 20_000, (0.0, 2.0)
+    solution = many(t, rows=count)
+    starts = solution.steps.t[:, 0]
+    with torch.no_grad():
+        penalty = cls("biased", generator=torch.Generator().manual_seed(4))
+        sampled = penalty.figure(solution)
+        times = cls("biased", generator=torch.Generator().manual_seed(4)).sample(solution)
+    hits = [int((times == s).sum()) for s in starts]
+    assert sum(hits) == count and stats.chisquare(hits).pvalue > 0.01
+    mean = figures_at(cls, starts, t).mean()
+    error = sampled.std() / count**0.5
+    assert (sampled.mean() - mean).abs() < 3 * error
+    horizon = figures_at(cls, torch.linspace(*t, 2001, dtype=torch.float64), t).mean()
+    assert (mean - horizon).abs() > 6 * error
+
+
 @pytest.mark.parametrize("cls", LOCAL)
 @pytest.mark.parametrize("sampling", ["unbiased", "biased"])
 def test_joint_control_draws_one_time(cls, sampling):

@@ -179,6 +179,19 @@ def test_other_solvers_get_their_times_from_it():
     torch.testing.assert_close(z[-1], torch.exp(-times[-1]).expand(2, 1), rtol=1e-4, atol=1e-4)
 
 
+def test_a_sum_on_another_librarys_solve():
+    """The times are drawn for the solve, the other part looks at it."""
+    pytest.importorskip("torchdiffeq")
+    from regularizers.torchdiffeq import odeint
+
+    f, steer = nn.Linear(2, 2), reg.Steer(generator=generator())
+    penalty = steer + reg.LocalError()
+    with reg.record() as solutions:
+        z = odeint(lambda t, z: f(z), start(), steer.sample(torch.tensor([0.0, 1.0])))
+    (z[-1].sum() + penalty(solutions)).backward()
+    assert penalty(solutions) == penalty.parts[1](solutions) > 0 and f.weight.grad.isfinite().all()
+
+
 def test_the_effect_of_the_paper():
     """A fit under random end times has a solution that stays near its end: its slope there is smaller."""
     z0 = start(16)
