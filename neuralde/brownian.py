@@ -264,32 +264,27 @@ class _Way:
             beside_w, beside_h: [levels, points, samples, channels]. before, after: the parts of every time's last
                 interval before and after it, [points, ...].
         """
-        found = []
         dtype, levels = beside_w.dtype, torch.arange(1, self.levels + 1, device=beside_w.device)
-        length = (2.0 ** -levels.double()).to(dtype)[:, None, None, None]
-        for i in range(len(self.times) - 1):
-            apart = self.apart[:-1, i]
-            parted = self.apart[-1, i][:, None].to(dtype)
-            right = (apart & self.left[:, i])[..., None].to(dtype)
-            here = after.at(i).times(parted)
-            w, j = beside_w[:, i] * right, (beside_h[:, i] + 0.5 * beside_w[:, i]) * right
-            size = length[:, 0] * right
-            start = here.w + w.flip(0).cumsum(0).flip(0) - w  # what lies before each of them: the deeper ones
-            one = _Sum(here.w + w.sum(0), here.j + (size * (j + start)).sum(0), here.size + size.sum(0))
+        length = (2.0**-levels.double()).to(dtype)[:, None, None, None]
+        beside_j = beside_h + 0.5 * beside_w
+        parted = self.apart[-1, :, :, None].to(dtype)
 
-            left = (apart & ~self.left[:, i + 1])[..., None].to(dtype)
-            w, j = beside_w[:, i + 1] * left, (beside_h[:, i + 1] + 0.5 * beside_w[:, i + 1]) * left
-            size = length[:, 0] * left
-            start = w.cumsum(0) - w
-            two = _Sum(w.sum(0), (size * (j + start)).sum(0), size.sum(0))
-            there = before.at(i + 1).times(parted)
-            both = one.then(two).then(_Sum(there.w, there.j, there.size))
-            if self.split:
-                both = both.or_within(before.at(i), before.at(i + 1), parted)
-            span = (self.times[i + 1] - self.times[i])[:, None].to(dtype)
-            area = both.j / torch.where(span == 0, 1.0, span) - 0.5 * both.w
-            found.append(Noise(both.w, torch.where(span == 0, 0.0, area)))
-        return found
+        right = (self.apart[:-1] & self.left[:, :-1])[..., None].to(dtype)
+        w, size = beside_w[:, :-1] * right, length * right
+        here = after.some(slice(None, -1)).times(parted)
+        deeper = here.w + w.flip(0).cumsum(0).flip(0) - w  # what lies before each of them
+        one = _Sum(here.w + w.sum(0), here.j + (size * (beside_j[:, :-1] + deeper)).sum(0), here.size + size.sum(0))
+
+        left = (self.apart[:-1] & ~self.left[:, 1:])[..., None].to(dtype)
+        w, size = beside_w[:, 1:] * left, length * left
+        two = _Sum(w.sum(0), (size * (beside_j[:, 1:] + w.cumsum(0) - w)).sum(0), size.sum(0))
+        there = before.some(slice(1, None)).times(parted)
+        both = one.then(two).then(_Sum(there.w, there.j, there.size))
+        if self.split:
+            both = both.or_within(before.some(slice(None, -1)), before.some(slice(1, None)), parted)
+        span = self.times.diff(dim=0)[..., None].to(dtype)
+        area = torch.where(span == 0, 0.0, both.j / torch.where(span == 0, 1.0, span) - 0.5 * both.w)
+        return [Noise(w, h) for w, h in zip(both.w, area, strict=True)]
 
 
 class _Sum(NamedTuple):
@@ -321,8 +316,8 @@ class _Piece(NamedTuple):
     def j(self) -> Tensor:
         return self.size * (self.h + 0.5 * self.w)
 
-    def at(self, i: int) -> _Piece:
-        return _Piece(self.w[i], self.h[i], self.size[i])
+    def some(self, points: slice) -> _Piece:
+        return _Piece(self.w[points], self.h[points], self.size[points])
 
     def times(self, factor: Tensor) -> _Piece:
         return _Piece(self.w * factor, self.h * factor, self.size * factor)
