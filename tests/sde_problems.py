@@ -50,7 +50,9 @@ def ornstein_uhlenbeck_exact(solution: nde.Solution, sde_type: str, intervals: i
     h, middle = 1.0 / intervals, 0.5 * (times[1:] + times[:-1])
 
     def weight(s):
-        return torch.exp(-_t(*RATE) * (1 - s[:, None]))[..., None] * (1 + 0.5 * torch.sin(3 * s))[:, None, None] * _t(*MIX)
+        return (
+            torch.exp(-_t(*RATE) * (1 - s[:, None]))[..., None] * (1 + 0.5 * torch.sin(3 * s))[:, None, None] * _t(*MIX)
+        )
 
     slope = (weight(times[1:]) - weight(times[:-1])) / h
     w, area = torch.stack([x.w for x in noise]), torch.stack([x.h for x in noise])
