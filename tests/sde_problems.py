@@ -43,7 +43,7 @@ def ornstein_uhlenbeck(sde_type: str) -> nde.SDE:
     return nde.SDE(lambda t, z: -_t(*RATE) * z, diffusion, "additive", sde_type)
 
 
-def ornstein_uhlenbeck_exact(solution: nde.Solution, sde_type: str, intervals: int = 512) -> Tensor:
+def ornstein_uhlenbeck_exact(solution: nde.Solution, sde_type: str, intervals: int = 128) -> Tensor:
     """z(1) = e^(-r) z(0) + ∫ e^(-r(1 - s)) g(s) dW, the integrand taken as linear on each of many intervals."""
     times = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
     noise = solution._problem.field.paths.between(times[:, None])
@@ -71,7 +71,7 @@ def heisenberg(sde_type: str) -> nde.SDE:
     return nde.SDE(lambda t, z: torch.zeros_like(z), diffusion, "general", sde_type)
 
 
-def heisenberg_exact(solution: nde.Solution, sde_type: str, intervals: int = 1024) -> Tensor:
+def heisenberg_exact(solution: nde.Solution, sde_type: str, intervals: int = 512) -> Tensor:
     """(1 + W₁, 1 + W₂ + ∫ W₁ dW₂), the integral as a sum over many intervals. In both senses: x has its own noise."""
     times = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
     noise = solution._problem.field.paths.between(times[:, None])
