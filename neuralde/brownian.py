@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import itertools
 import math
 import numbers
 from collections.abc import Callable
