@@ -62,7 +62,7 @@ class Algebra(Protocol):
         """x, infinite where it is not a number."""
 
     def rounded(self, x: Figure, size: Figure) -> Figure:
-        """x with few binary digits: to the nearest multiple of a power of two, between a 32nd and a 16th of size."""
+        """x with few binary digits: down to a multiple of a power of two, between a 64th and a 32nd of size."""
 
 
 class _Numbers:
@@ -114,8 +114,8 @@ class _Numbers:
 
     @staticmethod
     def rounded(x, size):
-        unit = math.ldexp(1.0, math.frexp(size)[1] - 5)
-        return round(x / unit) * unit
+        unit = math.ldexp(1.0, math.frexp(size)[1] - 6)
+        return math.floor(x / unit) * unit
 
 
 class _Tensors:
@@ -150,8 +150,8 @@ class _Tensors:
 
     @staticmethod
     def rounded(x, size):
-        unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 5)
-        return torch.round(x / unit) * unit
+        unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 6)
+        return torch.floor(x / unit) * unit
 
 
 class _SharedNumbers(_Numbers):

@@ -163,6 +163,7 @@ class Tree:
         motion = torch.arange(channels, device=index.device) * _GOLDEN
         start = _mix(torch.tensor(_signed(seed), device=index.device))
         self.keys = _mix(_mix(index * _GOLDEN + start)[:, None] + motion)
+        self._known: _Known | None = None
 
     def on(self, rows: Tensor | None) -> Tree:
         """See `Paths.on`."""
@@ -183,8 +184,15 @@ class Tree:
     @torch.no_grad()
     def between(self, times: Tensor) -> list[Noise]:
         """See `Paths.between`."""
-        way = _Way(times.double() / self.cell, self.levels)
-        found = way.noise(functools.partial(_normals, self.keys, self.dtype), self.dtype)
+        times = times.double() / self.cell
+        normals = functools.partial(_normals, self.keys, self.dtype)
+        if times.shape[1] == 1 and len(times) <= 3 and times.device.type == "cpu":
+            # One step for all samples: the next one's way begins where this one's ends.
+            self._known = self._known or _Known(normals, self.levels)
+            points = times[:, 0].tolist()
+            found = [self._known.between(start, end) for start, end in itertools.pairwise(points)]
+        else:
+            found = _Way(times, self.levels).noise(normals, self.dtype)
         scale = self.scale if self.sign is None else self.scale * self.sign
         return [Noise(w * scale, h * scale) for w, h in found]
 
@@ -264,32 +272,27 @@ class _Way:
             beside_w, beside_h: [levels, points, samples, channels]. before, after: the parts of every time's last
                 interval before and after it, [points, ...].
         """
-        found = []
         dtype, levels = beside_w.dtype, torch.arange(1, self.levels + 1, device=beside_w.device)
         length = (2.0 ** -levels.double()).to(dtype)[:, None, None, None]
-        for i in range(len(self.times) - 1):
-            apart = self.apart[:-1, i]
-            parted = self.apart[-1, i][:, None].to(dtype)
-            right = (apart & self.left[:, i])[..., None].to(dtype)
-            here = after.at(i).times(parted)
-            w, j = beside_w[:, i] * right, (beside_h[:, i] + 0.5 * beside_w[:, i]) * right
-            size = length[:, 0] * right
-            start = here.w + w.flip(0).cumsum(0).flip(0) - w  # what lies before each of them: the deeper ones
-            one = _Sum(here.w + w.sum(0), here.j + (size * (j + start)).sum(0), here.size + size.sum(0))
+        beside_j = beside_h + 0.5 * beside_w
+        parted = self.apart[-1, :, :, None].to(dtype)
 
-            left = (apart & ~self.left[:, i + 1])[..., None].to(dtype)
-            w, j = beside_w[:, i + 1] * left, (beside_h[:, i + 1] + 0.5 * beside_w[:, i + 1]) * left
-            size = length[:, 0] * left
-            start = w.cumsum(0) - w
-            two = _Sum(w.sum(0), (size * (j + start)).sum(0), size.sum(0))
-            there = before.at(i + 1).times(parted)
-            both = one.then(two).then(_Sum(there.w, there.j, there.size))
-            if self.split:
-                both = both.or_within(before.at(i), before.at(i + 1), parted)
-            span = (self.times[i + 1] - self.times[i])[:, None].to(dtype)
-            area = both.j / torch.where(span == 0, 1.0, span) - 0.5 * both.w
-            found.append(Noise(both.w, torch.where(span == 0, 0.0, area)))
-        return found
+        right = (self.apart[:-1] & self.left[:, :-1])[..., None].to(dtype)
+        w, size = beside_w[:, :-1] * right, length * right
+        here = after.some(slice(None, -1)).times(parted)
+        deeper = here.w + w.flip(0).cumsum(0).flip(0) - w  # what lies before each of them
+        one = _Sum(here.w + w.sum(0), here.j + (size * (beside_j[:, :-1] + deeper)).sum(0), here.size + size.sum(0))
+
+        left = (self.apart[:-1] & ~self.left[:, 1:])[..., None].to(dtype)
+        w, size = beside_w[:, 1:] * left, length * left
+        two = _Sum(w.sum(0), (size * (beside_j[:, 1:] + w.cumsum(0) - w)).sum(0), size.sum(0))
+        there = before.some(slice(1, None)).times(parted)
+        both = one.then(two).then(_Sum(there.w, there.j, there.size))
+        if self.split:
+            both = both.or_within(before.some(slice(None, -1)), before.some(slice(1, None)), parted)
+        span = self.times.diff(dim=0)[..., None].to(dtype)
+        area = torch.where(span == 0, 0.0, both.j / torch.where(span == 0, 1.0, span) - 0.5 * both.w)
+        return [Noise(w, h) for w, h in zip(both.w, area, strict=True)]
 
 
 class _Sum(NamedTuple):
@@ -321,14 +324,22 @@ class _Piece(NamedTuple):
     def j(self) -> Tensor:
         return self.size * (self.h + 0.5 * self.w)
 
-    def at(self, i: int) -> _Piece:
-        return _Piece(self.w[i], self.h[i], self.size[i])
+    def some(self, points: slice) -> _Piece:
+        return _Piece(self.w[points], self.h[points], self.size[points])
 
     def times(self, factor: Tensor) -> _Piece:
         return _Piece(self.w * factor, self.h * factor, self.size * factor)
 
     def none(self) -> _Piece:
         return self.times(torch.zeros_like(self.size))
+
+    def halved(self, x: Tensor, y: Tensor) -> tuple[_Piece, _Piece]:
+        """Its halves; x and y are standard normal. See `_Way.noise`."""
+        z, n = x * (0.25 * math.sqrt(self.size)), y * (math.sqrt(self.size / 48))
+        w = torch.add(z, self.w, alpha=0.5).add_(self.h, alpha=1.5)
+        middle = torch.sub(0.25 * self.h, z, alpha=0.5)
+        half = 0.5 * self.size
+        return _Piece(w, middle + n, half), _Piece(self.w - w, middle.sub_(n), half)
 
     def divided(self, part: Tensor, x: Tensor, y: Tensor) -> tuple[_Piece, _Piece]:
         """The parts before and after a point inside.
@@ -349,6 +360,103 @@ class _Piece(NamedTuple):
         return _Piece(w, before, a * self.size), _Piece(self.w - w, after, b * self.size)
 
 
+class _Known:
+    """A tree with one time for all samples, that keeps the intervals on the last ways down: the next are short.
+
+    The same numbers as a `_Way`'s, up to rounding. Kept are the intervals whose parents reach into the last step, a few
+    per level.
+
+    Args:
+        normals: see `_Way.noise`. levels: of bisection.
+    """
+
+    def __init__(self, normals: Callable[[Tensor], tuple[Tensor, Tensor]], levels: int):
+        self.normals, self.levels = normals, levels
+        self.kept: dict[tuple[int, int], _Piece] = {}  # by level and place
+
+    def between(self, start: float, end: float) -> Noise:
+        """W and H between two times, in units of cells."""
+        if end <= start:
+            nothing = torch.zeros_like(self._interval(0, math.floor(start)).w)
+            return Noise(nothing, nothing)
+        for time in (start, end):
+            self._descend(time)
+        pieces: list[_Piece] = []
+        for cell in range(math.floor(start), math.ceil(end)):
+            self._collect(0, cell, start, end, pieces)
+        self.kept = {at: x for at, x in self.kept.items() if self._near(*at, start, end)}
+        w, j = pieces[0].w, pieces[0].j
+        for piece in pieces[1:]:
+            j = j.add(torch.add(piece.h, piece.w, alpha=0.5).add_(w), alpha=float(piece.size))
+            w = w + piece.w
+        return Noise(w, (j / (end - start)).sub_(w, alpha=0.5))
+
+    @staticmethod
+    def _near(level: int, place: int, start: float, end: float) -> bool:
+        level, place = max(level - 1, 0), place >> min(level, 1)
+        return math.ldexp(place, -level) <= end and math.ldexp(place + 1, -level) > start
+
+    def _descend(self, time: float):
+        """Makes the intervals on the way to a time, with as many random numbers at once as are missing."""
+        place, depth = math.floor(math.ldexp(time, self.levels)), 0
+        if math.ldexp(place, -self.levels) == time:  # the end of an interval: no need to go deeper
+            last = self.levels
+            while last and not place & 1:
+                place, last = place >> 1, last - 1
+        else:
+            last = self.levels
+        while depth < last and (depth + 1, place >> (last - depth - 1)) in self.kept:
+            depth += 1
+        self._interval(0, place >> last)
+        missing = [(level, place >> (last - level)) for level in range(depth, last)]
+        if not missing:
+            return
+        first, second = self._numbers(missing)
+        for (level, node), x, y in zip(missing, first, second, strict=True):
+            halves = self.kept[level, node].halved(x, y)
+            self.kept[level + 1, 2 * node], self.kept[level + 1, 2 * node + 1] = halves
+
+    def _interval(self, level: int, place: int) -> _Piece:
+        if (level, place) not in self.kept:  # a cell
+            first, second = self._numbers([(-1, place)])
+            self.kept[level, place] = _Piece(first[0], second[0] / math.sqrt(12), 1.0)
+        return self.kept[level, place]
+
+    def _numbers(self, nodes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        counters = [_signed(place * _ODD + (level + 1) * _GOLDEN) for level, place in nodes]
+        return self.normals(_mix(torch.tensor(counters))[:, None])
+
+    def _collect(self, level: int, place: int, start: float, end: float, pieces: list[_Piece]):
+        """The intervals that a step is made of, in their order."""
+        low, high = math.ldexp(place, -level), math.ldexp(place + 1, -level)
+        if end <= low or high <= start:
+            return
+        if start <= low and high <= end:
+            pieces.append(self._interval(level, place))
+        elif level == self.levels:
+            pieces.append(self._part(place, low, high, start, end))
+        else:
+            for child in (2 * place, 2 * place + 1):
+                self._collect(level + 1, child, start, end, pieces)
+
+    def _part(self, place: int, low: float, high: float, start: float, end: float) -> _Piece:
+        """What a step has of a last interval, which a time inside of it divides."""
+        whole = self._interval(self.levels, place)
+        x, y = self._numbers([(self.levels, place)])
+
+        def divided(time):
+            part = torch.tensor((time - low) / (high - low), dtype=whole.w.dtype)
+            return _Piece(whole.w, whole.h, torch.tensor(whole.size, dtype=whole.w.dtype)).divided(part, x[0], y[0])
+
+        if start <= low:
+            return divided(end)[0]._replace(size=end - low)
+        if end >= high:
+            return divided(start)[1]._replace(size=high - start)
+        first, second = divided(start)[0], divided(end)[0]  # two times in one last interval
+        w, size = second.w - first.w, second.size - first.size
+        return _Piece(w, (second.j - first.j - first.w * size) / size - 0.5 * w, end - start)
+
+
 # -- random numbers ----------------------------------------------------------------------------------------------------
 
 
@@ -365,9 +473,10 @@ def _mix(x: Tensor) -> Tensor:
 
     Source: Evensen 2020, "moremur", with the form of Stafford's and SplitMix64's finalizers.
     """
-    x = x.clone()
+    x, moved = x.clone(), torch.empty_like(x)
     for shift, factor in ((27, 0x3C79AC492BA7B653), (33, 0x1C69B3F74AC4AE35), (27, None)):
-        x ^= (x >> shift) & (2 ** (64 - shift) - 1)  # a logical shift: torch's keeps the sign
+        torch.bitwise_right_shift(x, shift, out=moved)
+        x ^= moved.bitwise_and_(2 ** (64 - shift) - 1)  # a logical shift: torch's keeps the sign
         if factor is not None:
             x *= _signed(factor)
     return x
@@ -380,10 +489,10 @@ def _normals(keys: Tensor, dtype: torch.dtype, counters: Tensor) -> tuple[Tensor
         keys: [samples, channels]. counters: [..., samples or 1].
     """
     bits = _mix(keys + counters[..., None])
-    low, high = bits & 0xFFFFFFFF, (bits >> 32) & 0xFFFFFFFF
-    radius = torch.log((high.to(dtype) + 0.5) * 2.0**-32).mul_(-2.0).clamp_(min=0.0).sqrt_()
-    angle = low.to(dtype).mul_(2.0 * math.pi * 2.0**-32)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    angle = (bits & 0xFFFFFFFF).to(dtype).mul_(2.0 * math.pi * 2.0**-32)
+    high = bits.bitwise_right_shift_(32).bitwise_and_(0xFFFFFFFF).to(dtype)
+    radius = high.add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
+    return radius * torch.cos(angle), radius * angle.sin_()
 
 
 # -- torchsde's --------------------------------------------------------------------------------------------------------

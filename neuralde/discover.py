@@ -269,7 +269,9 @@ class _Discovery:
         # The last two steps share what is left: a sliver of a step would have a stiffness estimate of rounding errors.
         last = lane.h >= left
         h = m.minimum(lane.h, 0.5 * left)
-        if self.problem.noisy:  # the way down a Brownian tree to a time is as long as the time has binary digits
+        if self.problem.noisy:
+            # The way down a Brownian tree to a time is as long as the time has binary digits. (Down: a step that is
+            # made again after a rejection must be a shorter one.)
             h = m.rounded(lane.s + h, h) - lane.s
         return m.where(last, left, h), last
 

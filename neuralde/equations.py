@@ -177,6 +177,7 @@ class SDE:
     sde_type: str = "ito"
     f: Coefficients = field(init=False)
     takes_time = True
+    takes_args = True
     usual: ClassVar[Usual] = Usual(solver=None, rtol=1e-2, atol=1e-2)
 
     def __post_init__(self):

@@ -92,6 +92,19 @@ def test_consistent_under_subdivision(points, dtype):
     torch.testing.assert_close(j / (times[-1] - times[0]) - 0.5 * w, whole.h, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("points", ["few digits", "any", "late"])
+def test_one_step_after_the_other_sees_the_path_of_all_at_once(points, dtype):
+    start, end = POINTS[points][0], POINTS[points][-1]
+    times = torch.tensor(POINTS[points], dtype=dtype)[:, None]
+    paths = bound(5, 3, start=start, span=max(1.0, end - start), dtype=dtype, paths="shared")
+    together = paths.between(times)
+    order = [0, 1, 2, 0, *reversed(range(len(times) - 1)), 1]  # forward, again after a rejection, backward
+    for j in order:
+        for x, y in zip(paths.between(times[j : j + 2])[0], together[j], strict=True):
+            same(x, y)
+
+
 def test_every_pair_of_times_sees_one_path():
     times = torch.tensor([0.05, 0.2, 0.21, 0.6, 0.99], dtype=torch.float64)
     paths = bound(4)

@@ -20,7 +20,14 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-RECIPES: dict[str, tuple[str, str]] = {}  # name -> (module, what it shows)
+# name -> (module, what it shows)
+RECIPES: dict[str, tuple[str, str]] = {
+    "mnist-nsde": (
+        "neuralde.experiments.mnist_nsde",
+        "the thesis' Neural SDE classifier, regularized globally and locally",
+    ),
+    "spiral-sde": ("neuralde.experiments.spiral_sde", "a Neural SDE fitted to the moments of the thesis' spiral SDE"),
+}
 
 
 def option(default, help: str, choices: Sequence | None = None):

@@ -33,11 +33,11 @@ class History:
 
 
 class _Classifier(lightning.LightningModule):
-    """Cross-entropy plus a penalty on the model's layers; Adam with a cosine schedule."""
+    """Cross-entropy plus a penalty on the model's layers; Adam with a cosine schedule or an inverse decay."""
 
-    def __init__(self, model: nn.Module, penalty: Regularizer | None, rate: float, steps: int):
+    def __init__(self, model: nn.Module, penalty: Regularizer | None, rate: float, steps: int, decay: float | None):
         super().__init__()
-        self.model, self.penalty, self.rate, self.steps = model, penalty, rate, steps
+        self.model, self.penalty, self.rate, self.steps, self.decay = model, penalty, rate, steps, decay
 
     def training_step(self, batch, _):
         x, y = batch
@@ -49,7 +49,10 @@ class _Classifier(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        if self.decay is None:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        else:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + self.decay * step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -82,6 +85,7 @@ def train(
     batch: int,
     rate: float,
     after_epoch: Callable[[], None],
+    decay: float | None = None,
 ) -> History:
     """Trains a model in place.
 
@@ -91,6 +95,7 @@ def train(
         data: training and test samples, on the device to train on.
         epochs, batch, rate: of Adam, the rate following a cosine to 0.
         after_epoch: called after every epoch, for a progress bar.
+        decay: instead of the cosine, the rate over 1 + decay·step.
 
     Returns:
         The `History`.
@@ -109,7 +114,7 @@ def train(
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        trainer.fit(_Classifier(model, penalty, rate, epochs * len(loader)), loader)
+        trainer.fit(_Classifier(model, penalty, rate, epochs * len(loader), decay), loader)
     return watch.history
 
 
