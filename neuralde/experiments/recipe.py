@@ -20,7 +20,14 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-RECIPES: dict[str, tuple[str, str]] = {}  # name -> (module, what it shows)
+RECIPES: dict[str, tuple[str, str]] = {  # name -> (module, what it shows)
+    "polynomial": ("neuralde.experiments.polynomial", "polynomial regression with DEQs, Skip DEQs and Skip Reg. DEQs"),
+    "synthetic-deq": ("neuralde.experiments.synthetic_deq", "Jacobian regularization of a DEQ of one number"),
+    "mnist-deq-fc": (
+        "neuralde.experiments.mnist_deq_fc",
+        "fully connected DEQs on digits or MNIST, the six of Table 1",
+    ),
+}
 
 
 def option(default, help: str, choices: Sequence | None = None):
