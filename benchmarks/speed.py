@@ -347,7 +347,7 @@ def curve(part: str, given: argparse.Namespace) -> tuple[list[dict], list[str], 
         *(f"{peer} is not installed, left out" for peer in PEERS if not installed(peer)),
         *linear(part, rows, axis),
     ]
-    draw(rows, part, axis, title, given.results / f"speed_{part}.png")
+    draw(rows, part, axis, title, given.results / f"{stem(part, given)}.png")
     return rows, notes, "1"
 
 
@@ -390,6 +390,11 @@ def draw(rows: list[dict], part: str, axis: str, title: str, path):
     figure.savefig(path, dpi=100)
 
 
+def stem(part: str, given: argparse.Namespace) -> str:
+    """What a part's files are called."""
+    return f"speed_{part}" if given.device == "cpu" else f"speed_{part}_{given.device}"
+
+
 def main():
     """Measures, prints tables and writes them to results/."""
     options = parser(__doc__.splitlines()[0])
@@ -408,8 +413,7 @@ def main():
         empty = [column for column in rows[0] if all(row[column] is None for row in rows)]
         rows = [{column: x for column, x in row.items() if column not in empty} for row in rows]
         versions = tuple(peer for peer in PEERS if installed(peer))
-        suffix = "" if given.device == "cpu" else f"_{given.device}"
-        write(given.results, f"speed_{part}{suffix}", rows, threads, notes, versions)
+        write(given.results, stem(part, given), rows, threads, notes, versions)
 
 
 if __name__ == "__main__":
