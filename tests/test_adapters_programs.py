@@ -1,4 +1,4 @@
-"""`regularizers.torchdiffeq` in programs: tuples, several solves, events, autocast, DDP, and its documentation's own."""
+"""`regularizers.torchdiffeq` in programs: tuples, several solves, events, autocast, DDP, and its documentation's."""
 
 from __future__ import annotations
 

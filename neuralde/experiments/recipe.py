@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 
 # name -> (module, what it shows)
 RECIPES: dict[str, tuple[str, str]] = {
-    "mnist-deq-fc": ("neuralde.experiments.mnist_deq_fc", "fully connected DEQs on digits or MNIST, the six of Table 1"),
+    "mnist-deq-fc": (
+        "neuralde.experiments.mnist_deq_fc",
+        "fully connected DEQs on digits or MNIST, the papers' Table 1",
+    ),
     "mnist-nsde": ("neuralde.experiments.mnist_nsde", "the thesis' Neural SDE classifier, regularized every way"),
     "polynomial": ("neuralde.experiments.polynomial", "polynomial regression with DEQs, Skip DEQs and Skip Reg. DEQs"),
     "spiral-sde": ("neuralde.experiments.spiral_sde", "a Neural SDE fitted to the moments of the thesis' spiral SDE"),
