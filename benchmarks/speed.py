@@ -314,19 +314,22 @@ def curve(part: str, given: argparse.Namespace) -> tuple[list[dict], list[str], 
     make, values, control, axis, title = CURVES[part]
     keep = functools.partial(wanted, only=given.only)
     torch.set_num_threads(1)
-    rows, works = [], []
+    works, made, off, counts, calls = {}, {}, {}, {}, {}
     for value in values:
-        work = on_device(make(value), given.device)
-        works.append(work)
-        made = peers(work, control == "per_sample", keep)
-        made |= {name: x for name, x in ours(work, control).items() if keep(name)}
-        made, off, _ = agreeing(made, work, reference(work))
-        counts = {name: contender.counted() for name, contender in made.items()}
-        calls = {name: contender.forward for name, contender in made.items()}
-        seconds = in_turns(calls | {"f": functools.partial(raw, work)}, given.rounds, warmup=1, device=given.device)
-        f = statistics.median(seconds["f"])
-        for name in made:
-            middle, count = statistics.median(seconds[name]), counts[name]
+        work = works[value] = on_device(make(value), given.device)
+        found = peers(work, control == "per_sample", keep)
+        found |= {name: x for name, x in ours(work, control).items() if keep(name)}
+        made[value], off[value], _ = agreeing(found, work, reference(work))
+        counts[value] = {name: contender.counted() for name, contender in made[value].items()}
+        calls |= {(value, name): contender.forward for name, contender in made[value].items()}
+        calls[value, "f"] = functools.partial(raw, work)
+    # All of the curve in every round: a machine that slows down for a while bends no curve.
+    seconds = in_turns(calls, given.rounds, warmup=1, device=given.device)
+    rows = []
+    for value, work in works.items():
+        f = statistics.median(seconds[value, "f"])
+        for name in made[value]:
+            middle, count = statistics.median(seconds[value, name]), counts[value][name]
             rows.append(
                 {
                     axis: value,
@@ -336,13 +339,14 @@ def curve(part: str, given: argparse.Namespace) -> tuple[list[dict], list[str], 
                     "ms": middle * 1e3,
                     "µs around an attempt": (middle - count.nfe * f) / count.attempts * 1e6,
                     "rows / needed": count.rows / count.needed if count.needed else None,
-                    "spread": spread(seconds[name]),
-                    "error / tolerance": off[name],
-                    "error": off[name] * work.tolerance,
+                    "spread": spread(seconds[value, name]),
+                    "error / tolerance": off[value][name],
+                    "error": off[value][name] * work.tolerance,
                 }
             )
+    first, *_, last = works.values()
     notes = [
-        f"first: {works[0].what}; last: {works[-1].what}; rtol = atol = {works[-1].tolerance}",
+        f"first: {first.what}, rtol = atol = {first.tolerance}; last: {last.what}, rtol = atol = {last.tolerance}",
         f"forward, {given.rounds} rounds, medians; error: the largest |z - z(t1)| / (1 + |z(t1)|)",
         *(f"{peer} is not installed, left out" for peer in PEERS if not installed(peer)),
         *linear(part, rows, axis),
