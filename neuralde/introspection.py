@@ -32,7 +32,7 @@ from .replay import Schedule, make_step, past_at, replay_all
 from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
-from .stability import contraction, end, spectral_radius
+from .stability import Anchored, contraction, end, spectral_radius
 from .state import Layout
 from .stochastic import Driven, NoisyField, source
 
@@ -201,7 +201,9 @@ def default_solver(solution: Solution) -> Solver:
 
 
 def probe_last(solution: Solution) -> Probe:
-    """The last step of a solve for a steady state, made again as `probe` makes one; its start is a constant.
+    """The last step of a solve for a steady state, made again as `probe` makes one.
+
+    Its start, and f there, are constants to the gradient (see `stability.Anchored`).
 
     Args:
         solution: an `Equilibrium` of a solver for ODEs. A method that builds on earlier steps is stood in for by the
@@ -227,8 +229,10 @@ def probe_last(solution: Solution) -> Probe:
 
     t, dt = own(start), own(dt)
     part = problem.field if at.rows is None else problem.field.on(at.rows)
+    slope = at.f(at.z).to(at.z.dtype)
+    part = Anchored(part, slope)
     moved = dataclasses.replace(problem, field=part, solver=method, norm=problem.norm.on(at.rows))
-    found = _look(moved, t, at.z, at.f(at.z).to(at.z.dtype), torch.where(dt == 0, 1e-6, dt))
+    found = _look(moved, t, at.z, slope.detach(), torch.where(dt == 0, 1e-6, dt))
     if at.rows is None:
         return found
     values = {name: x for name, x in vars(found).items() if name not in ("solver", "z")}
