@@ -322,6 +322,7 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
     Returns:
         [step, batch], 0 where a sample has no such step. Differentiable where `solution.steps.error` is.
     """
+    _require_steps(solution)
     p, outcome = solution._problem, solution._outcome
     grid = outcome.trajectory.grid
 
@@ -458,6 +459,7 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         z0: another initial state, of the same structure and shapes; None for the same.
         args: other args; None for the same.
     """
+    _require_steps(solution)
     old, trajectory = solution._problem, solution._outcome.trajectory
     field = copy.copy(old.field)
     field.calls = 0
@@ -486,6 +488,15 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         states=functools.partial(_same, path.states),
     )
     return Solution(problem, outcome, solution.ts, outputs(problem, outcome, flat, problem.times), flat)
+
+
+def _require_steps(solution: Solution):
+    """Raises ValueError if the solution's steps can't be made again one by one."""
+    if not solution.solver.unrolls:
+        raise ValueError(
+            f"the steps of solver {solution.solver.name!r} can't be made again one by one, since each goes on from "
+            "what those before it have learned; take solver='fixed_point' or one for ODEs"
+        )
 
 
 def _same(x):

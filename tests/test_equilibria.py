@@ -403,5 +403,7 @@ def test_the_way_of_a_continuous_solve_can_be_looked_up():
         iterated(1.0)
     with refused(ValueError, "broyden", "dense=True"):
         _ = iterated.steps.z
+    with refused(ValueError, "broyden", "fixed_point"):
+        nde.introspection.replay(iterated)
     kept = nde.solve(nde.SteadyState(f), zeros(), args=x, solver="broyden", dense=True)
     torch.testing.assert_close(kept.steps.z[1], f(zeros(), x))
