@@ -181,7 +181,10 @@ class _Discovery:
                 ok = ok if unfinished == groups else lane.live & ok
             else:
                 ratio = None
-                ok = lane.live & m.finite(m.read(step.z.sum()[None] if self.problem.joint else step.z.sum(dim=1)))
+                total = self._total(step.z)
+                if self.problem.rest is not None and step.slope_end is not None:
+                    total = total + self._total(step.slope_end)  # an end without a slope could not be judged
+                ok = lane.live & m.finite(m.read(total))
             accepted = m.count(ok)
         if accepted and (not tools.solver.closes or (self.problem.rest is not None and step.slope_end is None)):
             step, ok, ratio = self._closed(lane, t, dt, s_end, ok, step, ratio)
@@ -234,6 +237,10 @@ class _Discovery:
         lane.unfinished = unfinished - arrived if lane.stops is None and not lost else m.count(lane.live)
         if accepted < unfinished or lane.stops is not None or self.attempts % _CHECK_EVERY == 0:
             self._fail_hopeless(lane, ok, ratio, figures, h)
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum over every group, [groups]: finite where x is."""
+        return x.sum()[None] if self.problem.joint else x.sum(dim=1)
 
     def _step(self, lane: Lane, t: Tensor, dt: Tensor, s_end: Figure):
         """The step of the lane's method, unjudged."""

@@ -71,6 +71,11 @@ class Equilibrium(Solution):
         self.termination = problem.rest.termination
 
     @functools.cached_property
+    def final(self):
+        """Where every sample came to rest, in the structure of z0."""
+        return self._problem.field.layout.unpack(self._outcome.final)
+
+    @functools.cached_property
     def steps(self) -> Descent:
         """The accepted steps."""
         return Descent(self._problem, self._outcome, self._z0)

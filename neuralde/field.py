@@ -131,6 +131,11 @@ class Field:
         return self._autocast is not None
 
     @property
+    def precision(self) -> torch.dtype:
+        """What f computes in."""
+        return self.layout.dtype if self._autocast is None else self._autocast
+
+    @property
     def random(self) -> bool:
         """Whether f draws random numbers, known after the first evaluation."""
         return self._frozen is not None

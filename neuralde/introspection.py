@@ -32,7 +32,7 @@ from .replay import Schedule, make_step, past_at, replay_all
 from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
-from .stability import contraction, end, spectral_radius
+from .stability import Anchored, contraction, end, spectral_radius
 from .state import Layout
 from .stochastic import Driven, NoisyField, source
 
@@ -201,7 +201,9 @@ def default_solver(solution: Solution) -> Solver:
 
 
 def probe_last(solution: Solution) -> Probe:
-    """The last step of a solve for a steady state, made again as `probe` makes one; its start is a constant.
+    """The last step of a solve for a steady state, made again as `probe` makes one.
+
+    Its start, and f there, are constants to the gradient (see `stability.Anchored`).
 
     Args:
         solution: an `Equilibrium` of a solver for ODEs. A method that builds on earlier steps is stood in for by the
@@ -227,8 +229,10 @@ def probe_last(solution: Solution) -> Probe:
 
     t, dt = own(start), own(dt)
     part = problem.field if at.rows is None else problem.field.on(at.rows)
+    slope = at.f(at.z).to(at.z.dtype)
+    part = Anchored(part, slope)
     moved = dataclasses.replace(problem, field=part, solver=method, norm=problem.norm.on(at.rows))
-    found = _look(moved, t, at.z, at.f(at.z).to(at.z.dtype), torch.where(dt == 0, 1e-6, dt))
+    found = _look(moved, t, at.z, slope.detach(), torch.where(dt == 0, 1e-6, dt))
     if at.rows is None:
         return found
     values = {name: x for name, x in vars(found).items() if name not in ("solver", "z")}
@@ -318,6 +322,7 @@ def measure(solution: Solution, figure: Callable[[Problem, Step, Tensor, Tensor,
     Returns:
         [step, batch], 0 where a sample has no such step. Differentiable where `solution.steps.error` is.
     """
+    _require_steps(solution)
     p, outcome = solution._problem, solution._outcome
     grid = outcome.trajectory.grid
 
@@ -454,6 +459,7 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         z0: another initial state, of the same structure and shapes; None for the same.
         args: other args; None for the same.
     """
+    _require_steps(solution)
     old, trajectory = solution._problem, solution._outcome.trajectory
     field = copy.copy(old.field)
     field.calls = 0
@@ -482,6 +488,15 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         states=functools.partial(_same, path.states),
     )
     return Solution(problem, outcome, solution.ts, outputs(problem, outcome, flat, problem.times), flat)
+
+
+def _require_steps(solution: Solution):
+    """Raises ValueError if the solution's steps can't be made again one by one."""
+    if not solution.solver.unrolls:
+        raise ValueError(
+            f"the steps of solver {solution.solver.name!r} can't be made again one by one, since each goes on from "
+            "what those before it have learned; take solver='fixed_point' or one for ODEs"
+        )
 
 
 def _same(x):

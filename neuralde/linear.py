@@ -49,11 +49,11 @@ def gmres(product: Product, b: Tensor, rtol: float, restart: int = 20, max_iter:
     target, x, residual, rest = rtol * size, torch.zeros_like(b), size, b
     iterations = torch.zeros_like(size, dtype=torch.int64)
     made = 0
-    while made < max_iter:
+    while made + bool(made) < max_iter:
         active = (residual > target) & known
         if not bool(active.any()):
             break
-        if made:  # a converged sample's basis is empty
+        if made:  # a product for what is left; a converged sample's basis is empty
             rest = torch.where(active[:, None], b - product(x), 0.0)
             iterations = iterations + active
             made += 1
@@ -86,8 +86,12 @@ def _cycle(product: Product, rest: Tensor, target: Tensor, active: Tensor, most:
         column, length = basis.extend(product)
         turned = torch.bmm(column[:, None], rotation[:, : j + 1, : j + 1].mT)[:, 0]
         radius = torch.hypot(turned[:, j], length)
+        # The space is exhausted, and A singular on it: this direction takes nothing off what is left.
+        noise = 100 * torch.finfo(radius.dtype).eps * torch.linalg.vector_norm(column, dim=1)
+        radius = torch.where((length == 0) & (radius <= noise), 0.0, radius)
         safe = torch.where(radius > 0, radius, 1.0)
-        cosine, sine = torch.where(radius > 0, turned[:, j] / safe, 1.0), length / safe
+        cosine, sine = turned[:, j] / safe, torch.where(radius == 0, -1.0, length / safe)
+        cosine = torch.where(radius == 0, 0.0, cosine)
         triangle[:, :j, j], triangle[:, j, j] = turned[:, :j], radius
         above = rotation[:, j].clone()
         rotation[:, j] = cosine[:, None] * above + sine[:, None] * rotation[:, j + 1]
@@ -137,8 +141,8 @@ class _Basis:
         again = torch.bmm(w, known.mT)
         w = torch.baddbmm(w, again, known, alpha=-1.0)[:, 0]
         length = torch.linalg.vector_norm(w, dim=1)
-        # What is left of a vector that lies in the space already is rounding.
-        length = torch.where(length > 10 * torch.finfo(w.dtype).eps * size, length, 0.0)
+        # What is left of a vector that lies in the space already is rounding; NaN stays.
+        length = torch.where(length <= 10 * torch.finfo(w.dtype).eps * size, 0.0, length)
         if self.count == self.vectors.shape[1] < self.most:
             more = self.vectors.new_empty(len(w), min(self.count, self.most - self.count), w.shape[1])
             self.vectors = torch.cat([self.vectors, more], dim=1)

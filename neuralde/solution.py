@@ -174,6 +174,11 @@ class Solution:
         return torch.utils._pytree.tree_map(lambda leaf: leaf[-1], self.zs)
 
     @property
+    def initial(self):
+        """The state that the solve started from, in the structure of z0."""
+        return self._problem.field.layout.unpack(self._z0)
+
+    @property
     def converged(self) -> Tensor:
         """Which samples reached the end, [batch] bool."""
         return self.status == Status.SUCCESS

@@ -34,6 +34,26 @@ class End(NamedTuple):
         return figure if self.rows is None else figure.new_zeros(batch).index_copy(0, self.rows, figure)
 
 
+class Anchored:
+    """A field whose value at one point is a constant to gradients: what moves the steady state itself is taken out.
+
+    Near a steady state all of f's derivative by a parameter is about where that lies. A figure of a step there would be
+    made smaller by moving the steady state to where the step began, and its gradient is as large as the residual is
+    small.
+
+    Args:
+        field: f. slope: its value at the point, [samples, features].
+    """
+
+    def __init__(self, field, slope: Tensor):
+        self.field, self.layout, self.joint, self.times = field, field.layout, field.joint, field.times
+        self._moving = slope - slope.detach()
+
+    def __call__(self, t, z: Tensor) -> Tensor:
+        """dz/dt, [samples, features]."""
+        return self.field(t, z) - self._moving
+
+
 def end(solution: Solution, z: Tensor | None = None) -> End:
     """Where a solution ended; z: other states of it, [batch, features]."""
     fine = kept(solution.status)
@@ -108,7 +128,7 @@ def contraction(solution: Solution) -> Tensor:
     """‖g(z + g(z))‖ / ‖g(z)‖ for g(z) = f(z) - z, where the last step began: the ratio of successive residuals.
 
     Below 1 where the map contracts along its residual. Differentiable with respect to the parameters of f, args and
-    whatever else f uses; z is a constant. Two evaluations of f.
+    whatever else f uses; z and g(z) are constants. Two evaluations of f.
 
     Args:
         solution: of a steady state.
@@ -117,8 +137,9 @@ def contraction(solution: Solution) -> Tensor:
         [batch]; 0 for samples that got lost, and where a solve began at rest.
     """
     at = end(solution, solution._problem.rest.before.detach())
-    first = at.f(at.z).to(at.z.dtype)
-    second = at.f(at.z + first)
+    value = at.f(at.z).to(at.z.dtype)
+    first = value.detach()
+    second = at.f(at.z + first) - (value - first)  # see Anchored
     joint = solution._problem.joint and at.rows is None
     sizes = [_control.rms(real(x), joint) for x in (first, second)]
     moving = sizes[0] > 0

@@ -29,6 +29,9 @@ class Termination:
     | "relative" | ‖f(z) - z‖ / ‖f(z)‖ | rtol |
     | "norm", either of them | ‖f(z) - z‖ / max(‖f(z)‖, atol/rtol) | rtol |
 
+    A state that runs away to infinity does not come to rest by being large: while ‖f(z) - z‖ has fallen by a factor of
+    q since the start, ‖f(z)‖ counts as at most q² times its size there (or that of f(z) - z, if larger).
+
     Under per-sample control each sample has its own norm and ends by it; under joint control the norm is over the
     batch, as in the papers.
 
@@ -143,16 +146,19 @@ class Rest:
     def __init__(self, termination: Termination, joint: bool):
         self.termination, self.joint = termination, joint
         self._norm = _NORMS[termination.norm]
+        self._start: tuple[Tensor, Tensor] | None = None  # ‖f(z) - z‖ at the start, and how large f(z) is
         self._recent: collections.deque[Tensor] = collections.deque(maxlen=termination.patience or 1)
 
     def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
         """Takes in the start. Returns the codes of `look`."""
-        self.size, figure = (x.detach() for x in self.measure(z, slope))
+        with torch.no_grad():
+            size, figure, scale = self._measure(None, z, slope)
+        self._start = None if scale is None else (size, torch.maximum(size, scale))
         self.first = self.residual = self.least = figure
         self.best = self.before = z
         self.converged = torch.zeros_like(figure, dtype=torch.bool)
         # Where f is not finite at the start, the loop has ended the sample.
-        limit = self.size * (self.termination.divergence or math.inf)
+        limit = size * (self.termination.divergence or math.inf)
         self._limit = torch.where(limit > 0, limit, math.inf)
         settled = figure <= self.termination.tolerance
         if not bool(settled.any()):
@@ -160,14 +166,21 @@ class Rest:
         self.converged = settled
         return torch.where(settled, int(Status.SUCCESS), GOING)
 
-    def measure(self, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """(‖f(z) - z‖, the residual of the mode), [groups]. slope: f(z) - z, [samples, features]."""
+    def _measure(self, rows: Tensor | None, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(‖f(z) - z‖, the residual of the mode, what the former is divided by for that or None), [groups] each."""
         t, slope = self.termination, slope.to(z.dtype)
         size = self._norm(slope, self.joint)
         if t.mode == "absolute":
-            return size, size
+            return size, size, None
         floor = torch.finfo(size.dtype).tiny if t.mode == "relative" else max(t.atol / t.rtol, 1e-30)
-        return size, size / self._norm(z + slope, self.joint).clamp(min=floor)
+        scale = self._norm(z + slope, self.joint).clamp(min=floor)
+        if self._start is None:
+            return size, size / scale, scale
+        first, start = (self._of(x, rows) for x in self._start)
+        # No difference is known better than to rounding: far enough away, z + 1 is z.
+        known = torch.maximum(size, torch.finfo(size.dtype).eps * scale)
+        bound = start * (first / known) ** 2
+        return size, torch.where(bound < scale, known / bound, size / scale), scale
 
     def look(
         self, rows: Tensor | None, start: Tensor, z: Tensor, slope: Tensor, ok: Tensor, attempt: int
@@ -184,7 +197,7 @@ class Rest:
         """
         t = self.termination
         with torch.no_grad():
-            size, figure = self.measure(z, slope)
+            size, figure, _ = self._measure(rows, z, slope)
             least, limit = self._of(self.least, rows), self._of(self._limit, rows)
             better = ok & (figure < least)
             settled = ok & (figure <= t.tolerance)
@@ -246,10 +259,13 @@ class Rest:
             The status, [groups]: NOT_CONVERGED also where the horizon's bound came first; and the states.
         """
         status = torch.where((status == Status.SUCCESS) & ~self.converged, int(Status.NOT_CONVERGED), status)
-        if not self.termination.best:
-            return status, z
-        self.residual = torch.where(self.converged, self.residual, self.least)
-        return status, torch.where(self.converged[:, None], z, self.best)
+        last = self.converged
+        if not self.termination.best:  # where f was not finite the loop does not know the last state any more
+            last = last | (status != Status.NON_FINITE)
+        self.residual = torch.where(last, self.residual, self.least)
+        z = torch.where(last[:, None], z, self.best)
+        # An iteration that got lost hands no gradient on, if it was on a tape.
+        return status, torch.where(kept(status)[:, None], z, z.detach())
 
 
 def kept(status: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ class Skip(Regularizer):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
-        leaves = torch.utils._pytree.tree_leaves(solution.zs)
-        parts = [leaf[0] - (leaf[-1].detach() if self.detach_target else leaf[-1]) for leaf in leaves]
+        starts, ends = (torch.utils._pytree.tree_leaves(z) for z in (solution.initial, solution.final))
+        parts = [x - (y.detach() if self.detach_target else y) for x, y in zip(starts, ends, strict=True)]
         return torch.cat([part.abs().reshape(len(part), -1) for part in parts], dim=1).mean(dim=1)
 
     def extra_repr(self) -> str:
@@ -110,8 +110,9 @@ class Contraction(Regularizer):
     """The solver's own heuristics near the steady state: how hard the last step of the way was.
 
     Of an iteration (fixed_point, anderson, broyden, newton) the ratio of successive residuals, ‖g(z + g(z))‖ / ‖g(z)‖
-    where the last step began; of a solver for ODEs the error·|dt| and the stiffness of its last step. z, t and dt are
-    constants to the gradient.
+    where the last step began; of a solver for ODEs the error·|dt| and the stiffness of its last step. t, dt, z and g(z)
+    where it began are constants to the gradient, as in the published local regularization: else it would be one of
+    where the steady state lies.
 
     Args:
         weight: a number or a schedule.

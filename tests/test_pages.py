@@ -56,6 +56,15 @@ def test_interop_code_runs():
     assert all(p.grad is not None for p in (*scope["f"].parameters(), *scope["correction"].parameters()))
 
 
+def test_deep_equilibria_page_runs(monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *args: None)
+    scope = {}
+    for block in code_of("docs/deep-equilibria.md"):
+        exec(block, scope)
+    assert bool(scope["solution"].converged.all())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in scope["model"].parameters())
+
+
 def test_existing_code_page_runs():
     pytest.importorskip("torchdyn.core")
     scope = {}

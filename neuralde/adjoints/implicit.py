@@ -115,7 +115,7 @@ class _Linear(AtRest):
                 slope = f(z)
         if not slope.requires_grad:
             return
-        tape = Tape(self, slope, z, len(final) if rows is None else None, rows)
+        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps)
         own = _Attach.apply(slope, z.detach(), tape)
         outcome.final = own if rows is None else final.index_copy(0, rows, own)
         outcome.backward = functools.partial(tape.work, len(final))
@@ -129,17 +129,16 @@ class Tape:
     """One evaluation of g(z) = f(z) - z at the steady state, and what went backwards through it.
 
     Attributes:
-        rows: the samples, None for all. found: of the last backward pass, or None.
+        rows: the samples, None for all. eps: the precision that f computes in. found: of the last backward pass, or
+            None.
     """
 
-    def __init__(self, adjoint: _Linear, slope: Tensor, z: Tensor, batch: int | None, rows: Tensor | None):
-        self.adjoint, self.slope, self.z, self.rows = adjoint, slope, z, rows
+    def __init__(self, adjoint: _Linear, slope: Tensor, z: Tensor, rows: Tensor | None, eps: float):
+        self.adjoint, self.slope, self.z, self.rows, self.eps = adjoint, slope, z, rows, eps
         self.found: LinearSolve | None = None
-        self.products = 0
 
     def product(self, u: Tensor) -> Tensor:
         """Jᵀu of the Jacobian of f, [samples, features] each, real."""
-        self.products += 1
         u = unreal(u, self.z.dtype)
         (back,) = torch.autograd.grad(self.slope, self.z, u.to(self.slope.dtype), retain_graph=True, allow_unused=True)
         return real(u if back is None else u + back)
@@ -235,7 +234,7 @@ class Implicit(_Linear):
 
     def costate(self, tape: Tape, v: Tensor) -> Tensor:
         """See `_Linear.costate`."""
-        rtol = self.rtol or torch.finfo(tape.slope.dtype).eps ** 0.5
+        rtol = self.rtol or tape.eps**0.5
         if self.solver == "gmres":
             found = gmres(lambda u: u - tape.product(u), v, rtol, self.restart, self.max_iter)
         else:

@@ -69,8 +69,12 @@ class Iteration(Solver):
         return Step(z_end, None, None, slope_end, None, work=move.work)
 
     def snapshot(self, stages: Any) -> Tensor:
-        """See `Solver.snapshot`; never asked for."""
-        raise NotImplementedError(f"{self.name} has no stages")
+        """See `Solver.snapshot`.
+
+        Raises:
+            TypeError: always; an iteration is nowhere between its steps.
+        """
+        raise TypeError(f"solver {self.name!r} is nowhere between its steps; ask for states at their ends")
 
     interpolate = snapshot
 

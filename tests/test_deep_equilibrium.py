@@ -1,0 +1,396 @@
+"""The layer, and what it has to live with: DDP, autocast, checkpointing, dropout, weight norms; and its penalties."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import EQUILIBRIUM, STEADY, close, refused
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import neuralde as nde
+import regularizers as reg
+
+BATCH, D = 6, 8
+SOLVER = pytest.mark.parametrize("solver", [*EQUILIBRIUM, "tsit5", "vcab3", "rosenbrock23"])
+
+
+class Block(nn.Module):
+    """tanh(W z + U x), optionally with more between; counts its evaluations."""
+
+    def __init__(self, between=None, normed=None, scale=0.6):
+        super().__init__()
+        self.w, self.u, self.calls = nn.Linear(D, D), nn.Linear(D, D), 0
+        nn.init.orthogonal_(self.w.weight, scale)
+        self.between = between or nn.Identity()
+        if normed is not None:
+            normed(self.w)
+
+    def forward(self, z, x):
+        self.calls += 1
+        return torch.tanh(self.between(self.w(z)) + self.u(x))
+
+
+def inputs(dtype=torch.float32):
+    return torch.randn(BATCH, D, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+
+@SOLVER
+@pytest.mark.parametrize("initial", ["zeros", "first_step", "module"])
+def test_layer(solver, initial):
+    f = Block()
+    layer = nde.DeepEquilibrium(
+        f, solver=solver, initial=nn.Linear(D, D) if initial == "module" else initial, rtol=1e-4
+    )
+    x = inputs()
+    z = layer(x)
+    assert isinstance(z, torch.Tensor) and z.shape == x.shape
+    close(z, f(z, x), 3e-3)
+    assert layer.solution.final is z or torch.equal(layer.solution.final, z)
+    assert bool(layer.solution.converged.all())
+    start = {"zeros": torch.zeros_like(x), "first_step": f(torch.zeros_like(x), x)}.get(initial)
+    torch.testing.assert_close(layer.solution.zs[0], layer.initial(x) if start is None else start)
+    z.square().sum().backward()
+    assert all(bool(p.grad.abs().max() > 0) for p in f.parameters())
+    if initial == "module":  # the steady state does not depend on where its search began; its own loss does
+        assert all(p.grad is None for p in layer.initial.parameters())
+        reg.Skip(detach_target=True)(layer).backward()
+        assert all(bool(p.grad.abs().max() > 0) for p in layer.initial.parameters())
+    assert f"solver={solver}" in repr(layer) and "rtol=0.0001" in repr(layer)
+    twin = copy.deepcopy(layer)
+    assert twin.solution is None
+    torch.testing.assert_close(twin(x), z)
+
+
+def test_options_are_checked_at_construction():
+    for given, error, words in (
+        ({"solver": "andersn"}, ValueError, ["did you mean 'anderson'"]),
+        ({"events": None}, TypeError, ["events", "rtol"]),
+        ({"initial": "ones"}, ValueError, ["initial", "first_step"]),
+        ({"initial": 3}, TypeError, ["initial"]),
+        ({"pretrain_depth": 0}, ValueError, ["pretrain_depth"]),
+        ({"pretrain_depth": 1.5}, TypeError, ["pretrain_depth"]),
+        ({"adjoint": "backsolve"}, ValueError, ["backsolve", "implicit"]),
+        ({"solver": "broyden", "adjoint": "direct"}, ValueError, ["direct", "broyden"]),
+        ({"rtol": -1.0}, ValueError, ["rtol"]),
+        ({"termination": "never"}, ValueError, ["mode"]),
+        ({"f": Block(nn.BatchNorm1d(D))}, ValueError, ["between", "joint"]),
+    ):
+        with refused(error, *words):
+            nde.DeepEquilibrium(**({"f": Block()} | given))
+    with refused(TypeError, "initial", "tensor"):
+        nde.DeepEquilibrium(Block())({"x": inputs()})
+
+
+def test_batch_norm_under_joint_control():
+    layer = nde.DeepEquilibrium(Block(nn.BatchNorm1d(D), scale=0.05), solver="anderson", control="joint")
+    z = layer(inputs())
+    assert bool(layer.solution.converged.all())
+    z.sum().backward()
+
+
+def test_states_of_another_shape_than_x():
+    f = lambda z, x: {"a": 0.5 * torch.tanh(z["b"]) + x["u"][:, :2], "b": 0.5 * z["a"]}  # noqa: E731
+    start = lambda x: {"a": torch.zeros(BATCH, 2), "b": torch.zeros(BATCH, 2)}  # noqa: E731
+    layer = nde.DeepEquilibrium(f, solver="broyden", initial=start)
+    found = layer({"u": inputs()})
+    close(found["b"], 0.5 * found["a"], 5e-3)
+
+
+# -- pretraining ---------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_unrolls_and_ends():
+    f, x = Block(), inputs()
+    layer = nde.DeepEquilibrium(f, solver="anderson", pretrain_depth=3, initial="first_step")
+    z = layer(x)
+    expected = f(torch.zeros_like(x), x)
+    for _ in range(3):
+        expected = f(expected, x)
+    torch.testing.assert_close(z, expected)
+    found = torch.autograd.grad(z.square().sum(), list(f.parameters()))
+    for g, e in zip(found, torch.autograd.grad(expected.square().sum(), list(f.parameters())), strict=True):
+        torch.testing.assert_close(g, e)
+    assert bool((layer.solution.stats.nfe == 3).all()) and layer.solution.residual is None
+    assert float(reg.Skip()(layer)) > 0 and float(reg.EquilibriumJacobian()(layer)) > 0
+
+    memory = io.BytesIO()
+    torch.save(layer.state_dict(), memory)
+    layer.end_pretraining()
+    layer(x)
+    assert isinstance(layer.solution, nde.Equilibrium)
+    ended = layer.state_dict()
+    again = nde.DeepEquilibrium(Block(), solver="anderson", pretrain_depth=3, initial="first_step")
+    again.load_state_dict(ended)
+    again(x)
+    assert isinstance(again.solution, nde.Equilibrium)
+    memory.seek(0)
+    again.load_state_dict(torch.load(memory))
+    again(x)
+    assert not isinstance(again.solution, nde.Equilibrium)
+
+
+# -- what layers live with -----------------------------------------------------------------------------------------
+
+
+def test_ddp(tmp_path):
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        pytest.skip("needs torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(D, D), nde.DeepEquilibrium(Block(), solver="anderson"), nn.Linear(D, 2))
+        plain, x = copy.deepcopy(model), inputs()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for m in (parallel, plain):
+            m(x).square().sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("adjoint", STEADY)
+@pytest.mark.parametrize("solver", ["fixed_point", "tsit5"])
+def test_autocast(solver, adjoint):
+    f, x = Block(), inputs()
+    layer = nde.DeepEquilibrium(f, solver=solver, adjoint=adjoint, rtol=2e-2)
+    sharp = nde.DeepEquilibrium(f, solver=solver, adjoint=adjoint, rtol=1e-4)(x)
+    expected = torch.autograd.grad(sharp.square().sum(), f.w.weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = layer(x)
+    assert z.dtype == torch.float32 and bool(layer.solution.converged.all())
+    close(z, sharp, 5e-2)
+    close(torch.autograd.grad(z.square().sum(), f.w.weight)[0], expected, 0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "tsit5"])
+def test_low_precision(solver, dtype):
+    f = Block().to(dtype)
+    layer = nde.DeepEquilibrium(f, solver=solver, rtol=2e-2)
+    z = layer(inputs(dtype))
+    assert z.dtype == dtype and bool(layer.solution.converged.all())
+    z.sum().backward()
+    assert bool(torch.isfinite(f.w.weight.grad).all())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("adjoint", STEADY)
+def test_inside_of_a_checkpoint(adjoint, reentrant):
+    """Same gradients, and the solve is not made again for every product of the linear system."""
+    f, x = Block(), inputs().requires_grad_()
+    layer = nde.DeepEquilibrium(f, solver="fixed_point", adjoint=adjoint)
+    layer(x).square().sum().backward()
+    expected, x.grad = [p.grad.clone() for p in (*f.parameters(), x)], None
+    f.zero_grad()
+    f.calls = 0
+    z = checkpoint(layer, x, use_reentrant=reentrant)
+    forward = f.calls
+    z.square().sum().backward()
+    assert f.calls <= 2 * forward + 12
+    for p, e in zip((*f.parameters(), x), expected, strict=True):
+        torch.testing.assert_close(p.grad, e)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nde.VariationalDropout(0.5)])
+@pytest.mark.parametrize("adjoint", ["implicit", "phantom", "direct"])
+def test_dropout_is_drawn_once_per_solve(dropout, adjoint):
+    f, x = Block(copy.deepcopy(dropout)), inputs()
+    layer = nde.DeepEquilibrium(f, solver="fixed_point", adjoint=adjoint, rtol=1e-5, atol=1e-7)
+    torch.manual_seed(3)
+    z = layer(x)
+    assert bool(layer.solution.converged.all())  # a mask that changed would leave nothing to converge to
+    torch.manual_seed(3)
+    close(z, f(z, x), 1e-4)  # the same mask
+    other = layer(x)
+    assert float((other - z).abs().max()) > 1e-2  # the next solve draws another one
+    other.sum().backward()
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer(x))
+
+
+def test_variational_dropout_zeroes_channels():
+    drop = nde.VariationalDropout(0.4)
+    y = drop(torch.ones(50, 8, 3, 3))
+    assert bool((y == y[..., :1, :1]).all())
+    assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.6)]
+    assert 0.3 < float((y == 0).float().mean()) < 0.5
+    with refused(ValueError, "p must"):
+        nde.VariationalDropout(1.0)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_norms_of_weights_are_computed_once_per_solve(norm):
+    f, x, made = Block(normed=norm, scale=0.6), inputs(), 0
+
+    def count(module, args, output):
+        nonlocal made
+        made += 1
+
+    f.w.parametrizations.weight[0].register_forward_hook(count)
+    layer = nde.DeepEquilibrium(f, solver="fixed_point", initial="first_step", max_steps=200, on_failure="ignore")
+    z = layer(x)
+    assert made == 1 and f.calls > 10
+    z.sum().backward()
+    assert made == 1
+    assert all(bool(p.grad.abs().max() > 0) for p in f.w.parametrizations.parameters())
+    layer(x)
+    assert made == 2
+
+
+def test_no_gradient_no_tape():
+    f, x = Block(), inputs()
+    layer = nde.DeepEquilibrium(f, solver="fixed_point")
+    with torch.no_grad():
+        layer(x)
+    assert f.calls == layer.solution.stats.function_calls
+    with torch.inference_mode():
+        for solver in ("newton", "tsit5", "rosenbrock23"):
+            assert bool(nde.DeepEquilibrium(f, solver=solver)(x).isfinite().all())
+
+
+def test_a_changed_parameter_is_noticed():
+    f = Block()
+    z = nde.DeepEquilibrium(f, solver="fixed_point")(inputs())
+    with torch.no_grad():
+        f.w.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="in place"):
+        z.sum().backward()
+
+
+def test_second_derivatives():
+    f = Block().double()
+    x = inputs(torch.float64)
+    for adjoint in ("implicit", "jfb", "neumann"):
+        z = nde.DeepEquilibrium(f, solver="fixed_point", adjoint=adjoint)(x)
+        with refused(nde.NeuralDEError, adjoint, "phantom", "direct"):
+            torch.autograd.grad(z.sum(), f.w.weight, create_graph=True)
+    z = nde.DeepEquilibrium(f, solver="fixed_point", adjoint="phantom")(x)
+    (first,) = torch.autograd.grad(z.sum(), f.w.weight, create_graph=True)
+    assert bool(torch.autograd.grad(first.square().sum(), f.w.weight)[0].abs().max() > 0)
+
+
+# -- penalties -----------------------------------------------------------------------------------------------------
+
+
+@SOLVER
+@pytest.mark.parametrize("penalty", [n for n, cls in reg.REGULARIZERS.items() if cls.of_steady])
+def test_penalties(penalty, solver):
+    """A number with gradients, and a few steps against it make it smaller."""
+    f = Block(scale=0.9)
+    layer = nde.DeepEquilibrium(f, solver=solver, initial="first_step")
+    x, cls = inputs(), reg.REGULARIZERS[penalty]
+
+    def value():
+        layer(x)
+        given = (
+            {"samples": 8, "generator": torch.Generator().manual_seed(1)} if penalty == "EquilibriumJacobian" else {}
+        )
+        twice, once = cls(weight=2.0, **given), cls(**given)
+        if given:
+            once.generator = torch.Generator().manual_seed(1)
+        found = twice(layer)
+        torch.testing.assert_close(found, 2.0 * once.figure(layer.solution).mean())
+        return found
+
+    before = value()
+    assert before.shape == () and float(before.detach()) > 0
+    optimizer = torch.optim.SGD(f.parameters(), lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        value().backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in f.parameters())
+        assert all(p.grad is None or float(p.grad.abs().max()) < 100.0 for p in f.parameters())
+        optimizer.step()
+    # Where the last step begins changes from solve to solve, and the heuristics of an accelerated one with it.
+    if penalty != "Contraction" or solver in ("fixed_point", "newton"):
+        assert float(value().detach()) < float(before.detach())
+
+
+def test_the_jacobian_is_estimated_without_bias():
+    f, x = Block(scale=0.9).double(), inputs(torch.float64)
+    layer = nde.DeepEquilibrium(f, solver="newton", rtol=1e-10)
+    z = layer(x).detach()
+    exact = torch.func.vmap(torch.func.jacrev(lambda z, x: f(z[None], x[None])[0]))(z, x).square().sum(dim=(1, 2)) / D
+    penalty = reg.EquilibriumJacobian(samples=800, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(penalty.figure(layer.solution), exact.detach(), rtol=0.2, atol=0)
+    penalty(layer).backward()
+    by_hand = torch.autograd.grad(
+        (torch.func.vmap(torch.func.jacrev(lambda z, x: f(z[None], x[None])[0]))(z, x).square().sum() / (D * BATCH)),
+        f.w.weight,
+    )[0]  # fmt: skip
+    close(f.w.weight.grad, by_hand, 0.2)
+
+
+def test_the_jacobian_is_applied_with_a_probability():
+    layer = nde.DeepEquilibrium(Block(), solver="anderson")
+    layer(inputs())
+    penalty = reg.EquilibriumJacobian(probability=0.25, generator=torch.Generator().manual_seed(0))
+    calls, applied = layer.f.calls, 0
+    for _ in range(200):
+        applied += float(penalty(layer)) > 0
+    assert 25 < applied < 75
+    assert layer.f.calls - calls == applied
+    assert float(reg.EquilibriumJacobian(probability=0.0)(layer)) == 0.0
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_skip(detach):
+    start = nn.Linear(D, D)
+    layer = nde.DeepEquilibrium(Block(), solver="anderson", initial=start)
+    z = layer(inputs())
+    penalty = reg.Skip(detach_target=detach)
+    expected = (start(inputs()) - z.detach()).abs().mean()
+    torch.testing.assert_close(penalty(layer), expected)
+    penalty(layer).backward()
+    assert (layer.f.w.weight.grad is None) == detach
+    assert bool(start.weight.grad.any())
+
+
+def test_steps_have_no_gradient_to_lose():
+    layer = nde.DeepEquilibrium(Block(), solver="tsit5")
+    layer(inputs())
+    with refused(nde.NeuralDEError, "implicit", "direct", "EquilibriumJacobian"):
+        reg.GlobalError()(layer).backward()
+    assert float(reg.LocalStiffness()(layer)) > 0
+
+
+def test_spectral_radius():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(5, 4, 4, generator=generator, dtype=torch.float64)
+    expected = torch.linalg.eigvals(matrix).abs().amax(dim=1)
+    matrix = matrix / expected[:, None, None] * torch.linspace(0.2, 0.95, 5, dtype=torch.float64)[:, None, None]
+    equation = nde.SteadyState(lambda z, a: (a @ z[..., None])[..., 0] + 1.0)
+    solution = nde.solve(equation, torch.zeros(5, 4, dtype=torch.float64), solver="newton", args=matrix)
+    found = nde.introspection.spectral_radius(solution, iterations=600, generator=generator)
+    torch.testing.assert_close(found, torch.linspace(0.2, 0.95, 5, dtype=torch.float64), rtol=1e-2, atol=0)
+    with refused(ValueError, "iterations"):
+        nde.introspection.spectral_radius(solution, iterations=1)
+
+
+@pytest.mark.parametrize("solver", ["anderson", "tsit5"])
+def test_plot(solver):
+    layer = nde.DeepEquilibrium(Block(), solver=solver)
+    layer(inputs())
+    axes = layer.solution.plot(sample=2)
+    assert len(axes.lines[0].get_ydata()) == int(layer.solution.depth[2]) + 1
+    assert "converged" in axes.get_title() and solver in axes.get_title()
+    with refused(ValueError, "sample"):
+        layer.solution.plot(sample=BATCH)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@SOLVER
+@pytest.mark.parametrize("adjoint", [a for a in STEADY if a != "direct"])
+def test_cuda(solver, adjoint):
+    f, x = Block(nde.VariationalDropout(0.2)).cuda(), inputs().cuda()
+    layer = nde.DeepEquilibrium(f, solver=solver, adjoint=adjoint, initial="first_step")
+    penalties = [cls()(layer) for cls in reg.REGULARIZERS.values() if cls.of_steady] if layer(x) is not None else []
+    (layer.solution.final.sum() + sum(penalties)).backward()
+    assert layer.solution.final.is_cuda and layer.solution.residual.is_cuda and layer.solution.steps.residual.is_cuda
+    assert all(bool(torch.isfinite(p.grad).all()) for p in f.parameters())
+    assert nde.introspection.spectral_radius(layer.solution).is_cuda
