@@ -14,7 +14,6 @@ Source: Foster, Lyons & Oberhauser, An optimal polynomial approximation of Brown
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 import numbers
@@ -163,16 +162,22 @@ class Tree:
         motion = torch.arange(channels, device=index.device) * _GOLDEN
         start = _mix(torch.tensor(_signed(seed), device=index.device))
         self.keys = _mix(_mix(index * _GOLDEN + start)[:, None] + motion)
+        self._known: list[tuple[Tensor, Tensor]] = []  # of the last point: counters and numbers, level by level
+        self._part: tuple[Tensor, Tree] | None = None
 
     def on(self, rows: Tensor | None) -> Tree:
         """See `Paths.on`."""
         if rows is None:
             return self
+        if self._part is not None and self._part[0] is rows:
+            return self._part[1]
         part = copy.copy(self)
+        part._known, part._part = [], None
         part.index, part.keys = self.index[rows], self.keys[rows]
         part.sign = None if self.sign is None else self.sign[rows]
         if len(self.cell) > 1:
             part.cell, part.scale = self.cell[rows], self.scale[rows]
+        self._part = rows, part
         return part
 
     def fresh(self) -> Tree:
@@ -184,9 +189,40 @@ class Tree:
     def between(self, times: Tensor) -> list[Noise]:
         """See `Paths.between`."""
         way = _Way(times.double() / self.cell, self.levels)
-        found = way.noise(functools.partial(_normals, self.keys, self.dtype), self.dtype)
+        found = way.noise(self._normals, self.dtype)
         scale = self.scale if self.sign is None else self.scale * self.sign
         return [Noise(w * scale, h * scale) for w, h in found]
+
+    def _normals(self, counters: Tensor) -> list[list[Tensor]]:
+        """Pairs of standard normal numbers by point and by number, each [2, samples, channels].
+
+        Those of the last point are known where this one's way down is the same: a step begins where the one before it
+        ended, and ends nearby.
+
+        Args:
+            counters: [numbers, points, groups].
+        """
+        found = []
+        for point in counters.unbind(1):
+            values = []
+            for number, counter in enumerate(point.unbind(0)):
+                known = self._known[number] if number < len(self._known) else None
+                values.append(self._number(counter, known))
+            self._known = list(zip(point.unbind(0), values, strict=True))
+            found.append(values)
+        return found
+
+    def _number(self, counter: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The pairs of one counter for each group, [2, samples, channels], of which some may be known."""
+        if known is None or counter.device.type != "cpu":  # elsewhere, to look would be to wait
+            return _normals(self.keys + counter[:, None], self.dtype)
+        new = (counter != known[0]).nonzero().flatten()
+        if not len(new):
+            return known[1]
+        if len(new) == len(counter):
+            return _normals(self.keys + counter[:, None], self.dtype)
+        made = _normals(self.keys.index_select(0, new) + counter[new][:, None], self.dtype)
+        return known[1].index_copy(1, new, made)
 
 
 class _Way:
@@ -216,6 +252,7 @@ class _Way:
         self.left = (self.nodes[1:] & 1) == 0
         # Consecutive times go down together, and part at some level.
         self.apart = self.nodes[:, 1:] != self.nodes[:, :-1]
+        self.beside = self.apart.flatten(1).any(dim=1).tolist() if times.device.type == "cpu" else [True] * (levels + 1)
 
     def counters(self) -> Tensor:
         """The numbers that the tree is asked for: of the cell, of every interval that is halved, of the last one."""
@@ -226,62 +263,50 @@ class _Way:
         level = torch.arange(len(nodes), device=nodes.device)[:, None, None]
         return _mix(nodes * _ODD + level * _GOLDEN)
 
-    def noise(self, normals: Callable[[Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Noise]:
+    def noise(self, normals: Callable[[Tensor], list[list[Tensor]]], dtype: torch.dtype) -> list[Noise]:
         """W and H between consecutive times, in units of cells.
 
+        Level by level, since what all levels are together would not stay in the cache. Nothing is a difference of
+        larger things: two times part in the middle of the interval that they last have in common. From the first to
+        there lie the rest of its last interval and the right halves beside its way; from there to the second the left
+        ones beside that one's way, and the beginning of its last interval.
+
         Args:
-            normals: counters [..., groups] -> two independent standard normal tensors [..., samples, channels].
+            normals: counters [numbers, points, groups] -> pairs of independent standard normal numbers, [2, samples,
+                channels] each, by point and by number.
         """
-        first, second = normals(self.counters())
-        halves = 2.0 ** (-0.5 * torch.arange(self.levels, device=first.device, dtype=dtype))[:, None, None, None]
-        sign = torch.where(self.left, 1.0, -1.0).to(dtype)[..., None]
-        count = self.levels + 1
-        # Halving an interval: W' = W/2 ± (3H/2 + Z), H' = H/4 - Z/2 ± N/2, with Z ~ N(0, h/16), N ~ N(0, h/12).
-        z = first[1:count] * (halves / 4)
-        n = second[1:count] * (halves * (0.5 / math.sqrt(12))) * sign
-        signed, mine, other = z * sign, n - 0.5 * z, -n - 0.5 * z
-        w, h = first[0], second[0] / math.sqrt(12)
-        beside_w, beside_h = torch.empty_like(z), torch.empty_like(z)  # the halves that the ways leave beside them
+        pairs = normals(self.counters())
+        numbers = [torch.stack(x, dim=1) for x in zip(*pairs, strict=True)]  # [2, points, samples, channels] each
+        left = self.left[..., None].to(dtype)
+        sign = 2.0 * left - 1.0
+        parted = self.apart[..., None].to(dtype)
+        right_of_first, left_of_second = parted[:-1] * left[:, :-1], parted[:-1] * (1.0 - left[:, 1:])
+        w, h = numbers[0][0], numbers[0][1] / math.sqrt(12)
+        one = _Sum(*(torch.zeros_like(w[1:]) for _ in range(2)), torch.zeros_like(parted[0]))
+        two = _Sum(*(torch.zeros_like(w[1:]) for _ in range(2)), torch.zeros_like(parted[0]))
         for level in range(self.levels):
-            half = torch.add(signed[level], w, alpha=0.5).addcmul_(sign[level], h, value=1.5)
-            torch.sub(w, half, out=beside_w[level])
-            torch.add(other[level], h, alpha=0.25, out=beside_h[level])
-            w, h = half, torch.add(mine[level], h, alpha=0.25)
+            # Halving an interval: W' = W/2 ± (3H/2 + Z), H' = H/4 - Z/2 ± N/2, with Z ~ N(0, h/16), N ~ N(0, h/12).
+            size = 2.0 ** -(level + 1)
+            x, y = numbers[level + 1]
+            z = x * (math.sqrt(2 * size) / 4)
+            across = torch.add(z, h, alpha=1.5).mul_(sign[level])
+            along = (h * 0.25).sub_(z, alpha=0.5)
+            apart = y * (sign[level] * (0.5 * math.sqrt(2 * size / 12)))
+            mine = torch.add(across, w, alpha=0.5)
+            if self.beside[level]:
+                other_w, other_h = w - mine, along - apart
+                other_j = torch.add(other_h, other_w, alpha=0.5).mul_(size)
+                one = one.after(_Sum(other_w[:-1], other_j[:-1], size), right_of_first[level])
+                two = two.before(_Sum(other_w[1:], other_j[1:], size), left_of_second[level])
+            w, h = mine, along.add_(apart)
         last = _Piece(w, h, torch.full_like(self.rest, 2.0**-self.levels).to(dtype)[..., None])
-        if not self.split:
-            return self._collect(beside_w, beside_h, last.none(), last)
-        before, after = last.divided(self.rest.to(dtype)[..., None], first[-1], second[-1])
-        return self._collect(beside_w, beside_h, before, after)
-
-    def _collect(self, beside_w: Tensor, beside_h: Tensor, before: _Piece, after: _Piece) -> list[Noise]:
-        """Puts the intervals between two times together; nothing is a difference of larger things.
-
-        Two times part at the middle of the interval that they last have in common. From the first to there lie the
-        rest of its last interval and the right halves beside its way; from there to the second the left ones beside
-        that one's way, and the beginning of its last interval.
-
-        Args:
-            beside_w, beside_h: [levels, points, samples, channels]. before, after: the parts of every time's last
-                interval before and after it, [points, ...].
-        """
-        dtype, levels = beside_w.dtype, torch.arange(1, self.levels + 1, device=beside_w.device)
-        length = (2.0**-levels.double()).to(dtype)[:, None, None, None]
-        beside_j = beside_h + 0.5 * beside_w
-        parted = self.apart[-1, :, :, None].to(dtype)
-
-        right = (self.apart[:-1] & self.left[:, :-1])[..., None].to(dtype)
-        w, size = beside_w[:, :-1] * right, length * right
-        here = after.some(slice(None, -1)).times(parted)
-        deeper = here.w + w.flip(0).cumsum(0).flip(0) - w  # what lies before each of them
-        one = _Sum(here.w + w.sum(0), here.j + (size * (beside_j[:, :-1] + deeper)).sum(0), here.size + size.sum(0))
-
-        left = (self.apart[:-1] & ~self.left[:, 1:])[..., None].to(dtype)
-        w, size = beside_w[:, 1:] * left, length * left
-        two = _Sum(w.sum(0), (size * (beside_j[:, 1:] + w.cumsum(0) - w)).sum(0), size.sum(0))
-        there = before.some(slice(1, None)).times(parted)
-        both = one.then(two).then(_Sum(there.w, there.j, there.size))
         if self.split:
-            both = both.or_within(before.some(slice(None, -1)), before.some(slice(1, None)), parted)
+            begun, rest = last.divided(self.rest.to(dtype)[..., None], *numbers[-1])
+            one = one.after(rest.some(slice(None, -1)).sum(), parted[-1])
+            both = one.then(two.before(begun.some(slice(1, None)).sum(), parted[-1]))
+            both = both.or_within(begun.some(slice(None, -1)), begun.some(slice(1, None)), parted[-1])
+        else:
+            both = one.after(last.some(slice(None, -1)).sum(), parted[-1]).then(two)
         span = self.times.diff(dim=0)[..., None].to(dtype)
         area = torch.where(span == 0, 0.0, both.j / torch.where(span == 0, 1.0, span) - 0.5 * both.w)
         return [Noise(w, h) for w, h in zip(both.w, area, strict=True)]
@@ -297,6 +322,20 @@ class _Sum(NamedTuple):
     def then(self, other: _Sum) -> _Sum:
         """With the interval that follows."""
         return _Sum(self.w + other.w, self.j + self.w * other.size + other.j, self.size + other.size)
+
+    def after(self, other: _Sum, factor: Tensor) -> _Sum:
+        """With the interval before it, where the factor is 1 and not 0."""
+        w = other.w * factor
+        return _Sum(self.w + w, self.j + other.j * factor + w * self.size, self.size + other.size * factor)
+
+    def before(self, other: _Sum, factor: Tensor) -> _Sum:
+        """With the interval that follows, where the factor is 1 and not 0."""
+        size = other.size * factor
+        return _Sum(
+            torch.addcmul(self.w, other.w, factor),
+            torch.addcmul(self.j, other.j, factor).addcmul_(self.w, size),
+            self.size + size,
+        )
 
     def or_within(self, first: _Piece, second: _Piece, parted: Tensor) -> _Sum:
         """Where two times lie in one last interval: the difference of what lies before them."""
@@ -319,11 +358,8 @@ class _Piece(NamedTuple):
     def some(self, points: slice) -> _Piece:
         return _Piece(self.w[points], self.h[points], self.size[points])
 
-    def times(self, factor: Tensor) -> _Piece:
-        return _Piece(self.w * factor, self.h * factor, self.size * factor)
-
-    def none(self) -> _Piece:
-        return self.times(torch.zeros_like(self.size))
+    def sum(self) -> _Sum:
+        return _Sum(self.w, self.j, self.size)
 
     def divided(self, part: Tensor, x: Tensor, y: Tensor) -> tuple[_Piece, _Piece]:
         """The parts before and after a point inside.
@@ -360,25 +396,30 @@ def _mix(x: Tensor) -> Tensor:
 
     Source: Evensen 2020, "moremur", with the form of Stafford's and SplitMix64's finalizers.
     """
-    x = x.clone()
+    return _mix_in_place(x.clone())
+
+
+def _mix_in_place(x: Tensor) -> Tensor:
     for shift, factor in ((27, 0x3C79AC492BA7B653), (33, 0x1C69B3F74AC4AE35), (27, None)):
-        x ^= (x >> shift) & (2 ** (64 - shift) - 1)  # a logical shift: torch's keeps the sign
+        # A logical shift: torch's keeps the sign.
+        x ^= (x >> shift).bitwise_and_(2 ** (64 - shift) - 1)
         if factor is not None:
             x *= _signed(factor)
     return x
 
 
-def _normals(keys: Tensor, dtype: torch.dtype, counters: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normal numbers for every counter and key, by the Box-Muller transform.
+def _normals(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pairs of independent standard normal numbers, [2, ...], from integers that are written over.
 
-    Args:
-        keys: [samples, channels]. counters: [..., samples or 1].
+    By the Box-Muller transform: the halves of their hashes are a radius and an angle.
     """
-    bits = _mix(keys + counters[..., None])
-    low, high = bits & 0xFFFFFFFF, (bits >> 32) & 0xFFFFFFFF
-    radius = torch.log((high.to(dtype) + 0.5) * 2.0**-32).mul_(-2.0).clamp_(min=0.0).sqrt_()
-    angle = low.to(dtype).mul_(2.0 * math.pi * 2.0**-32)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    halves = _mix_in_place(numbers).view(torch.int32).unflatten(-1, (-1, 2)).to(dtype)
+    radius = halves[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-33).log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
+    angle = halves[..., 1] * (2.0 * math.pi * 2.0**-32)
+    pair = torch.empty(2, *angle.shape, dtype=dtype, device=angle.device)
+    torch.cos(angle, out=pair[0])
+    torch.sin(angle, out=pair[1])
+    return pair.mul_(radius)
 
 
 # -- torchsde's --------------------------------------------------------------------------------------------------------
