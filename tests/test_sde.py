@@ -291,16 +291,17 @@ def test_nfe_counts_drift_and_diffusion(solver, noise, sense):
 def test_the_way_to_a_time_is_short(monkeypatch):
     """What 10⁶ steps cost is 10⁶ times what one costs: the work of a step grows with the logarithm of their number."""
     drawn = []
-    normals = nde.brownian._normals
-    monkeypatch.setattr(
-        nde.brownian, "_normals", lambda *a: drawn.append(a[-1].shape[0] * a[-1].shape[1]) or normals(*a)
-    )
+    normals = nde.brownian.normals
+    monkeypatch.setattr(nde.brownian, "normals", lambda *a: drawn.append(1) or normals(*a))
     equation, z0 = nde.SDE(lambda t, z: -z, lambda t, z: 0.1 * z), torch.ones(1, 1, dtype=torch.float64)
-    for count in (64, 512):
+    for count in (50, 500):
         drawn.clear()
         nde.solve(equation, z0, (0.0, 1000.0), solver="srk", control=FIXED, dt0=1000.0 / count, seed=1)
-        assert len(drawn) == count
-        assert max(drawn) <= 2 * (32 + 3)
+        # An interval of every level and the last one; where a step starts, the step before it ended.
+        assert len(drawn) <= count * (32 + 2) + 35
+    drawn.clear()
+    nde.solve(equation, z0, (0.0, 1024.0), solver="srk", control=FIXED, dt0=2.0, seed=1)
+    assert len(drawn) < 512 * 3  # times with few digits: every interval of ten levels once
 
 
 # -- penalties ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""Normal numbers by a hash: of the same integers the same ones, in any order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def signed(x: int) -> int:
+    """An integer modulo 2⁶⁴, as torch.int64 has it."""
+    x %= 2**64
+    return x - 2**64 if x >= 2**63 else x
+
+
+GOLDEN, ODD = signed(0x9E3779B97F4A7C15), signed(0xD1342543DE82EF95)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers whose every output bit depends on every input bit.
+
+    Source: Evensen 2020, "moremur", with the form of Stafford's and SplitMix64's finalizers.
+    """
+    return mix_in_place(x.clone())
+
+
+def mix_in_place(x: Tensor) -> Tensor:
+    """`mix`, written over x."""
+    for shift, factor in ((27, 0x3C79AC492BA7B653), (33, 0x1C69B3F74AC4AE35), (27, None)):
+        # A logical shift: torch's keeps the sign.
+        x ^= (x >> shift).bitwise_and_(2 ** (64 - shift) - 1)
+        if factor is not None:
+            x *= signed(factor)
+    return x
+
+
+def normals(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pairs of independent standard normal numbers, [2, ...], from integers that are written over.
+
+    By the Box-Muller transform: the halves of their hashes are a radius and an angle.
+    """
+    halves = mix_in_place(numbers).view(torch.int32).unflatten(-1, (-1, 2)).to(dtype)
+    radius = halves[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-33).log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
+    angle = halves[..., 1] * (2.0 * math.pi * 2.0**-32)
+    pair = torch.empty(2, *angle.shape, dtype=dtype, device=angle.device)
+    torch.cos(angle, out=pair[0])
+    torch.sin(angle, out=pair[1])
+    return pair.mul_(radius)
