@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import gc
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from common import AliveBytes, in_turns, median_ratio, parser, spread, write
@@ -84,12 +86,24 @@ def peak(step: Callable[[], None]) -> int:
     return counted.peak
 
 
+def earlier(folder: Path) -> dict[tuple[str, int], dict]:
+    """The trainings of a run before, by regularizer and seed."""
+    with (folder / "regularizer_effects.csv").open(newline="") as file:
+        rows = [
+            {"regularizer": row["regularizer"], "seed": int(row["seed"])}
+            | {what: float(row[what]) for what in ("accuracy", "nfe")}
+            for row in csv.DictReader(file)
+        ]
+    return {(row["regularizer"], row["seed"]): row for row in rows}
+
+
 def main():
     """Trains, measures, prints a table and writes it to results/."""
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
     options.add_argument("--epochs", type=int, default=8, help="of each training")
     options.add_argument("--rounds", type=int, default=9, help="measurements of the time of a step, at least 7")
+    options.add_argument("--join", action="store_true", help="keep the trainings that the results have already")
     options.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     given = options.parse_args()
     torch.set_num_threads(THREADS)
@@ -99,10 +113,12 @@ def main():
     seconds = in_turns(steps, given.rounds, least=0.0)
     memory = {name: peak(step) for name, step in steps.items()}
     print("steps measured; training", file=sys.stderr)
+    known = earlier(given.results) if given.join else {}
     runs = []
-    for name in names:
-        runs += [trained(config, name, seed) for seed in range(given.seeds)]
-        print({k: x for k, x in runs[-1].items() if k != "seed"}, file=sys.stderr)
+    for seed in range(given.seeds):
+        for name in names:
+            runs.append(known.get((name, seed)) or trained(config, name, seed))
+            print(runs[-1], file=sys.stderr)
     rows = []
     for name in names:
         mine = [run for run in runs if run["regularizer"] == name]

@@ -14,7 +14,9 @@ import neuralde as nde
 from regularizers.taylor import derivatives, nested_derivatives
 
 ORDERS = (1, 2, 3, 4)
-ORDER, LEAST = 3, 2.0  # what is claimed: Taylor mode at that order is so many times as fast as nested reverse mode
+# What is claimed: Taylor mode at that order is so many times as fast as nested reverse mode on M, where the network
+# decides. On S what stands around its operations does.
+WORK, ORDER, LEAST = "M", 3, 2.0
 
 
 def nested_reverse(f: Callable, t: Tensor, z: Tensor, order: int) -> list[Tensor]:
@@ -83,7 +85,7 @@ def main():
                 row["times taylor's"] = median_ratio(measured, seconds["taylor"])
                 row["spread"] = spread(measured)
                 rows.append(row)
-            if order == ORDER:
+            if (name, order) == (WORK, ORDER):
                 ratio = median_ratio(seconds["nested autograd.grad"], seconds["taylor"])
                 verdicts.append(
                     verdict(f"{name}, nested autograd.grad over Taylor mode, order 3", ratio, LEAST, least=True)

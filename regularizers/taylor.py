@@ -14,7 +14,7 @@ are Easy to Solve".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,15 +35,28 @@ class NoTaylorRule(NotImplementedError):
 class Tape(list):
     """The series that f made, in its order; each knows its next coefficient."""
 
-    def advance(self, k: int) -> None:
-        """Gives every series its coefficient k; those that f was called with must have theirs."""
+    def advance(self, k: int, only: set[int] | None = None) -> None:
+        """Gives every series its coefficient k; those that f was called with must have theirs.
+
+        Args:
+            only: ids of the series that are wanted; None for all.
+        """
         for series in self:
-            series.coefficients.append(series.rule(k))
+            if only is None or id(series) in only:
+                series.coefficients.append(series.rule(k))
+
+    def behind(self, out: Series) -> set[int]:
+        """The ids of the series whose coefficients of an order out's coefficient of that order is made of."""
+        found = {id(out)}
+        for series in reversed(self):
+            if id(series) in found:
+                found.update(map(id, series.operands))
+        return found
 
     def release(self) -> None:
         """Lets go of the coefficients now: series and rules refer to each other, and would wait for the collector."""
         for series in self:
-            series.coefficients, series.rule, series.rate = [], None, None
+            series.coefficients, series.operands, series.rule, series.rate = [], [], None, None
         self.clear()
 
 
@@ -52,16 +65,24 @@ class Series(Tensor):
 
     Attributes:
         coefficients: the first one is the value, None is zero. rule: k -> coefficient k. tape: where it is recorded.
-        rate: of a function of a series, its derivative by it.
+        operands: the series that it is made of. rate: of a function of a series, its derivative by it, of which a
+            coefficient needs only the ones before.
     """
 
     coefficients: list[Coefficient]
     rule: Callable[[int], Coefficient]
     tape: Tape
-    rate: Tensor | None = None
+    operands: list[Series]
+    rate: Tensor | None
 
     @staticmethod
-    def __new__(cls, tape: Tape, coefficients: list[Coefficient], rule: Callable[[int], Coefficient] | None = None):
+    def __new__(
+        cls,
+        tape: Tape,
+        coefficients: list[Coefficient],
+        rule: Callable[[int], Coefficient] | None = None,
+        operands: Sequence[Series] = (),
+    ):
         """A series of f's arguments; one that f made has a rule and is recorded."""
         value = coefficients[0]
         self = Tensor._make_wrapper_subclass(
@@ -73,7 +94,7 @@ class Series(Tensor):
             layout=value.layout,
             requires_grad=value.requires_grad and (value.is_floating_point() or value.is_complex()),
         )
-        self.tape, self.coefficients, self.rule = tape, coefficients, rule
+        self.tape, self.coefficients, self.rule, self.operands, self.rate = tape, coefficients, rule, operands, None
         if rule is not None:
             tape.append(self)
         return self
@@ -127,10 +148,10 @@ def _derivatives(tape: Tape, f: Callable, t: Tensor | None, z: Tensor, order: in
     out = f(time, state)
     if not isinstance(out, Series):  # constant
         return [out, *(torch.zeros_like(out) for _ in range(order - 1))]
-    made_by_autograd(out)
+    made_by_autograd([out])
     state.coefficients.append(out.value)
     for k in range(1, order):
-        tape.advance(k)
+        tape.advance(k, tape.behind(out) if k == order - 1 else None)
         next_one = out.coefficients[k]
         state.coefficients.append(None if next_one is None else next_one / (k + 1))
     return [
@@ -154,7 +175,7 @@ def nested_derivatives(f: Callable, t: Tensor | None, z: Tensor, order: int) -> 
         return [g(t, z) for g in found]
 
 
-def made_by_autograd(*series: Series) -> None:
+def made_by_autograd(series: Iterable[Series]) -> None:
     """Raises NoTaylorRule if one of them went through an autograd.Function, whose backward pass would not be seen."""
     with torch._C.DisableTorchFunctionSubclass():
         for x in series:

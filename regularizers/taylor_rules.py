@@ -32,10 +32,10 @@ _OPERATORS = {f"__{name}__": name for name in _OPERATOR_NAMES.split()}
 
 def apply(func: Callable, args: tuple, kwargs: dict):
     """What f gets when it calls a function with series among the arguments."""
-    made_by_autograd(*(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Series)))
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return _attribute(func.__self__.__name__, args[0])
+    made_by_autograd(_among(args, kwargs))
     if name == "__set__":
         raise NoTaylorRule(f"an assignment to .{func.__self__.__name__} of a tensor")
     name = _OPERATORS.get(name, name)
@@ -45,6 +45,17 @@ def apply(func: Callable, args: tuple, kwargs: dict):
         raise NoTaylorRule(f"{name}, in place" if name.endswith("_") else name)
     kwargs = {key: x for key, x in kwargs.items() if key not in ("out", "inplace")}
     return RULES[name](func, args, kwargs)
+
+
+def _among(args: tuple, kwargs: dict) -> list[Series]:
+    """The series among arguments, in them or in sequences of them."""
+    found = []
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Series):
+            found.append(x)
+        elif isinstance(x, tuple | list):
+            found.extend(y for y in x if isinstance(y, Series))
+    return found
 
 
 class Composed(TorchFunctionMode):
@@ -117,8 +128,8 @@ def _sum(terms: list[Coefficient]) -> Coefficient:
 
 
 def _series(operands, value, rule: Callable[[int], Coefficient]) -> Series:
-    tape = next(x.tape for x in operands if isinstance(x, Series))
-    return Series(tape, [value], rule)
+    operands = [x for x in operands if isinstance(x, Series)]
+    return Series(operands[0].tape, [value], rule, operands)
 
 
 # -- linear operations ---------------------------------------------------------------------------------------------
@@ -138,12 +149,19 @@ _LINEAR = """
 
 @_rule(*_LINEAR.split())
 def _linear(func, args, kwargs):
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    operands = [x for x in leaves if isinstance(x, Series)]
+    operands = _among(args, kwargs)
+    if len(operands) == 1 and operands[0] is args[0]:
+        rest = args[1:]
 
-    def call(pick):
-        args, kwargs = pytree.tree_unflatten([pick(x) if isinstance(x, Series) else x for x in leaves], tree)
-        return func(*args, **kwargs)
+        def call(pick):
+            return func(pick(operands[0]), *rest, **kwargs)
+
+    else:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+
+        def call(pick):
+            args, kwargs = pytree.tree_unflatten([pick(x) if isinstance(x, Series) else x for x in leaves], tree)
+            return func(*args, **kwargs)
 
     value = call(_value)
     memo: dict[int, object] = {}
@@ -269,7 +287,7 @@ def _tensor(x, like):
     return x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=_value(like).dtype, device=_value(like).device)
 
 
-def _bilinear(product: Callable, a, b) -> Series:
+def _bilinear(product: Callable, a, b, elementwise: bool = False) -> Series:
     """Σ_i product(a_i, b_{k-i})."""
 
     def at(k: int) -> Coefficient:
@@ -280,7 +298,14 @@ def _bilinear(product: Callable, a, b) -> Series:
         pairs = [(_at(a, i), _at(b, k - i)) for i in range(k + 1)]
         return _sum([product(x, y) for x, y in pairs if x is not None and y is not None])
 
-    return _series((a, b), product(_value(a), _value(b)), at)
+    def square(k: int) -> Coefficient:
+        pairs = [(a.coefficients[i], a.coefficients[k - i]) for i in range((k + 1) // 2)]
+        total = _sum([x * y for x, y in pairs if x is not None and y is not None])
+        middle = None if k % 2 else a.coefficients[k // 2]
+        return _sum([None if total is None else 2.0 * total, None if middle is None else middle * middle])
+
+    rule = square if a is b and elementwise else at
+    return _series((a, b), product(_value(a), _value(b)), rule)
 
 
 @_rule(
@@ -301,7 +326,8 @@ def _bilinear(product: Callable, a, b) -> Series:
 )
 def _product(func, args, kwargs):
     a, b, *rest = args
-    return _bilinear(lambda x, y: func(x, y, *rest, **kwargs), a, b)
+    elementwise = func.__name__.strip("_") in ("mul", "rmul", "multiply")
+    return _bilinear(lambda x, y: func(x, y, *rest, **kwargs), a, b, elementwise)
 
 
 @_rule("einsum")
@@ -371,7 +397,12 @@ def _integral(x: Series, value: Tensor, rate) -> Series:
     def at(k: int) -> Coefficient:
         slope = y.rate
         pairs = [(j, x.coefficients[j], _at(slope, k - j)) for j in range(1, k + 1)]
-        return _sum([(j / k) * a * b for j, a, b in pairs if a is not None and b is not None])
+        total = None
+        for j, a, b in pairs:
+            if a is not None and b is not None:
+                a = a if j == k else (j / k) * a
+                total = a * b if total is None else torch.addcmul(total, a, b)
+        return total
 
     y = _series((x,), value, at)
     y.rate = rate
@@ -705,5 +736,4 @@ _CONSTANT = """
 
 @_rule(*_CONSTANT.split())
 def _constant(func, args, kwargs):
-    args, kwargs = pytree.tree_map(_value, (args, kwargs))
-    return func(*args, **kwargs)
+    return func(*map(_value, args), **{key: _value(x) for key, x in kwargs.items()})
