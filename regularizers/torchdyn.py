@@ -143,7 +143,7 @@ class _Eye:
         if self._open:
             if self._attempt is not None and self._attempt[0] is not t:  # a rejected one is repeated from the same t
                 self.passing.add(*self._attempt)
-            self._attempt, self.f, self.args = (t, x, dt), f, args
+            self._attempt, self.f, self.args = (t, (x, k1), dt), f, args
         return self._solver.step(f, x, t, dt, k1=k1, args=args)
 
     def close(self):
@@ -172,7 +172,7 @@ class _Solve:
         around, uniform = self.passing.around, self.passing.uniform
         places = {
             "unbiased": self._place(self.at, around[2], lambda through: self._inside(around, through)),
-            "biased": self._place(uniform[0], uniform[2], lambda through: self._constant(uniform[1], through)),
+            "biased": self._place(uniform[0], uniform[2], lambda through: self._constant(uniform[1][0], through)),
         }
         return Recorded(f"torchdyn's NeuralODE ({type(self.solver).__name__})", places, self._lens, like)
 
@@ -189,13 +189,13 @@ class _Solve:
 
     def _inside(self, start: tuple, through: bool):
         """The state inside of a step: torchdyn has it by a shorter step, as at its output times."""
-        t, x, _ = start
-        x = self._constant(x, through)
+        t, (x, k1), _ = start
+        x, k1 = self._constant(x, through), k1 if through or k1 is None else k1.detach()
         part = (self.at - t.detach()).reshape(t.shape)
         if not bool(part > 0):
             return x
         with torch.set_grad_enabled(through and torch.is_grad_enabled()), _as_left(self.left):
-            return self.solver.step(self.f, x, t.detach(), part, k1=None, args=self.args)[1]
+            return self.solver.step(self.f, x, t.detach(), part, k1=k1, args=self.args)[1]
 
     def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
         if solver is None:

@@ -31,11 +31,12 @@ class Form:
 
     def enclose(self, y):
         """A state as a batch of one."""
-        return pytree.tree_map(lambda x: x[None], y)
+        # A plain tensor, the common case, is spared the walk through a structure.
+        return y[None] if isinstance(y, Tensor) else pytree.tree_map(lambda x: x[None], y)
 
     def disclose(self, z):
         """The state of a batch of one."""
-        return pytree.tree_map(lambda x: x[0], z)
+        return z[0] if isinstance(z, Tensor) else pytree.tree_map(lambda x: x[0], z)
 
     def outputs(self, zs):
         """[times, 1, ...] -> [times, ...]."""
