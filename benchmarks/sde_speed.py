@@ -29,7 +29,7 @@ FEATURES, HIDDEN, BATCH = 32, 64, 512
 TOLERANCES = (1e-2, 3e-3)  # of torchsde
 SOLVERS = ("sosri", "sosri2")
 FINE = 2048  # steps of the reference
-LIMIT = 60.0  # seconds of the processor that a solve of torchsde's has for a long horizon
+LIMIT = 30.0  # seconds of the processor that a solve of torchsde's has for a long horizon
 
 
 class Coefficients(nn.Module):
