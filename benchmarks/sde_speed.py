@@ -1,0 +1,324 @@
+"""Forward and backward of a Neural SDE against torchsde's adaptive srk at equal strong error; and 10⁶ steps.
+
+Both solve along the same Brownian paths when their errors are measured, ours from a neuralde.BrownianTree, torchsde's
+from the same tree behind its interface. Then each has its own noise, and is timed.
+
+A linear diffusion that mixes the components, as the papers' has, is no diagonal noise in the strict sense: the noise
+does not commute, and both methods, of strong order 1.5 where it does, have order 0.5.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torchsde
+from common import in_turns, median_ratio, parser, spread, verdict, write
+from torch import Tensor, nn
+
+import neuralde as nde
+
+FEATURES, HIDDEN, BATCH = 32, 64, 512
+TOLERANCES = (1e-2, 3e-3)  # of torchsde
+SOLVERS = ("sosri", "sosri2")
+FINE = 2048  # steps of the reference
+LIMIT = 30.0  # seconds of the processor that a solve of torchsde's has for a long horizon
+
+
+class Coefficients(nn.Module):
+    """The SDE in torchsde's form: f and g of (t, y)."""
+
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(self):
+        super().__init__()
+        self.drift = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, FEATURES))
+        self.diffusion = nn.Linear(FEATURES, FEATURES)
+        self.calls = 0
+
+    def f(self, t, y: Tensor) -> Tensor:
+        """The drift."""
+        self.calls += 1
+        return self.drift(y)
+
+    def g(self, t, y: Tensor) -> Tensor:
+        """The diffusion."""
+        self.calls += 1
+        return self.diffusion(y)
+
+    def equation(self) -> nde.SDE:
+        """The same as one of neuralde's."""
+        return nde.SDE(self.f, self.g)
+
+
+class Shared:
+    """A neuralde tree as torchsde asks for noise: W, and the integral of the path over the interval.
+
+    Args:
+        tree: bound paths. z0: of the solve.
+    """
+
+    levy_area_approximation = "space-time"
+
+    def __init__(self, tree, z0: Tensor):
+        self.tree, self.shape, self.dtype, self.device = tree, z0.shape, z0.dtype, z0.device
+
+    def __call__(self, ta, tb, return_U: bool = False, return_A: bool = False):
+        """The increment, or the increment and the integral."""
+        times = torch.tensor([[float(ta)], [float(tb)]], dtype=torch.float64)
+        w, h = self.tree.between(times)[0]
+        return (w, (float(tb) - float(ta)) * (h + 0.5 * w)) if return_U else w
+
+
+# -- solves ------------------------------------------------------------------------------------------------------------
+
+
+def ours(sde: Coefficients, z0: Tensor, solver: str, tolerance: float, brownian=None) -> Tensor:
+    """z(1) by neuralde, one step size for the batch, as torchsde has it."""
+    options = {"solver": solver, "control": "joint", "adjoint": "direct", "rtol": tolerance, "atol": tolerance}
+    return nde.solve(sde.equation(), z0, (0.0, 1.0), brownian=brownian, **options).final
+
+
+def theirs(sde: Coefficients, z0: Tensor, tolerance: float, dt: float, brownian=None) -> Tensor:
+    """z(1) by torchsde: its interval with the hint and the cache that make it quick."""
+    if brownian is None:
+        options = {"dt": dt, "cache_size": None, "levy_area_approximation": "space-time"}
+        brownian = torchsde.BrownianInterval(0.0, 1.0, size=tuple(z0.shape), dtype=z0.dtype, **options)
+    ts = torch.tensor([0.0, 1.0], dtype=z0.dtype)
+    options = {"method": "srk", "adaptive": True, "rtol": tolerance, "atol": tolerance, "dt": dt}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torchsde.sdeint(sde, z0, ts, bm=brownian, **options)[-1]
+
+
+@dataclass
+class Trial:
+    """Paths to measure errors on: the SDE in float64, a seed of the noise, and where the paths end."""
+
+    sde: Coefficients
+    z0: Tensor
+    seed: int
+    exact: Tensor
+
+    def brownian(self) -> nde.BrownianTree:
+        """A tree that nobody has asked yet."""
+        return nde.BrownianTree(self.seed)
+
+    def error(self, z: Tensor) -> float:
+        """The strong error: the root of the mean square over paths and components."""
+        return (z - self.exact).square().mean().sqrt().item()
+
+    def of_ours(self, solver: str, tolerance: float) -> float:
+        """See `error`."""
+        return self.error(ours(self.sde, self.z0, solver, tolerance, self.brownian()))
+
+    def of_theirs(self, tolerance: float, dt: float) -> float:
+        """See `error`."""
+        horizon = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        tree = self.brownian().bind(*horizon, BATCH, FEATURES, torch.float64)
+        return self.error(theirs(self.sde, self.z0, tolerance, dt, Shared(tree, self.z0)))
+
+
+@torch.no_grad()
+def trial(seed: int) -> Trial:
+    """A random network and its paths, with a reference in steps of 1/2048."""
+    torch.manual_seed(seed)
+    sde, z0 = Coefficients().double(), torch.randn(BATCH, FEATURES, dtype=torch.float64)
+    options = {"solver": "sosri", "dt0": 1 / FINE, "control": nde.StepControl(per_sample=False, adaptive=False)}
+    exact = nde.solve(sde.equation(), z0, (0.0, 1.0), brownian=nde.BrownianTree(seed), **options).final
+    return Trial(sde, z0, seed, exact)
+
+
+@torch.no_grad()
+def matched(trials: list[Trial], solver: str, goal: float) -> tuple[float, float]:
+    """The loosest of the tolerances 2^(k/2) whose error is at most `goal`, and that error."""
+
+    def error(k: int) -> float:
+        return statistics.fmean(x.of_ours(solver, 2.0 ** (k / 2)) for x in trials)
+
+    low, high = -26, 6  # bisection: the error falls with the tolerance
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if error(middle) <= goal else (low, middle)
+    return 2.0 ** (low / 2), error(low)
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+def counted(sde: Coefficients, solve: Callable[[], Tensor]) -> int:
+    """Evaluations of drift and diffusion in a solve."""
+    sde.calls = 0
+    solve()
+    return sde.calls
+
+
+def backward(sde: Coefficients, z0: Tensor, solve: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Forward, and the gradients of half the sum of squares of z(1)."""
+    z0 = z0.detach().requires_grad_()
+    return list(torch.autograd.grad(0.5 * solve(z0).square().sum(), [z0, *sde.parameters()]))
+
+
+def compare(trials: list[Trial], tolerance: float, rounds: int) -> tuple[list[dict], list[str]]:
+    """The rows of one tolerance of torchsde's, and whether the claims hold."""
+    dt = 0.5 * math.sqrt(tolerance)
+    with torch.no_grad():
+        goal = statistics.fmean(x.of_theirs(tolerance, dt) for x in trials)
+    errors, tolerances = {"torchsde srk": goal}, {"torchsde srk": tolerance}
+    sde, z0 = trials[0].sde.float(), trials[0].z0.float()
+    solves = {"torchsde srk": functools.partial(theirs, sde, tolerance=tolerance, dt=dt)}
+    trials[0].sde.double()
+    for solver in SOLVERS:
+        name = f"neuralde {solver}"
+        tolerances[name], errors[name] = matched(trials, solver, goal)
+        solves[name] = functools.partial(ours, sde, solver=solver, tolerance=tolerances[name])
+    sde.float()
+
+    def forward(solve):
+        with torch.no_grad():
+            return solve(z0)
+
+    with torch.no_grad():
+        calls = {name: counted(sde, functools.partial(solve, z0)) for name, solve in solves.items()}
+    seconds = {
+        "forward": in_turns({name: functools.partial(forward, x) for name, x in solves.items()}, rounds, 0.0, 1),
+        "forward+backward": in_turns(
+            {name: functools.partial(backward, sde, z0, x) for name, x in solves.items()}, rounds, 0.0, 1
+        ),
+    }
+    sde.double()
+    rows, best = [], {}
+    for what, times in seconds.items():
+        for name in solves:
+            ratio = median_ratio(times["torchsde srk"], times[name])
+            best[what] = max(best.get(what, 0.0), ratio) if name != "torchsde srk" else best.get(what, 0.0)
+            rows.append(
+                {
+                    "pass": what,
+                    "contender": name,
+                    "tolerance": tolerances[name],
+                    "strong error": errors[name],
+                    "evaluations": calls[name],
+                    "ms": 1e3 * statistics.median(times[name]),
+                    "torchsde's time over this": ratio,
+                    "spread": spread(times[name]),
+                }
+            )
+    claim = "torchsde at {}, {}: its time over neuralde's"
+    return rows, [verdict(claim.format(tolerance, what), ratio, 2.0, least=True) for what, ratio in best.items()]
+
+
+# -- long horizons -----------------------------------------------------------------------------------------------------
+
+
+class Decay(nn.Module):
+    """dz = -z dt + 0.3 dW, one path of one component."""
+
+    noise_type, sde_type = "diagonal", "ito"
+
+    def f(self, t, y: Tensor) -> Tensor:
+        """The drift."""
+        return -y
+
+    def g(self, t, y: Tensor) -> Tensor:
+        """The diffusion."""
+        return torch.full_like(y, 0.3)
+
+
+def long_ours(steps: int) -> None:
+    """So many steps of 1/1000 by neuralde's euler_maruyama."""
+    sde, z0 = Decay(), torch.ones(1, 1, dtype=torch.float64)
+    control = nde.StepControl(per_sample=False, adaptive=False)
+    options = {"solver": "euler_maruyama", "dt0": 1e-3, "control": control, "max_steps": 2 * steps, "seed": 1}
+    solution = nde.solve(nde.SDE(sde.f, sde.g), z0, (0.0, steps / 1000), **options)
+    if int(solution.stats.accepted[0]) != steps:
+        raise AssertionError(f"{steps} steps were asked for, and {solution.stats.accepted[0]} made")
+
+
+def long_theirs(steps: int) -> None:
+    """So many steps of 1/1000 by torchsde's euler, all else its default."""
+    ts = torch.tensor([0.0, steps / 1000], dtype=torch.float64)
+    torchsde.sdeint(Decay(), torch.ones(1, 1, dtype=torch.float64), ts, method="euler", dt=1e-3)
+
+
+@torch.no_grad()
+def processor_seconds(solve: Callable[[int], None], steps: int, limit: float) -> float | None:
+    """Of the processor, for one solve; None where it takes more than the limit, and is given up."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    old = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, limit)
+    began = time.process_time()
+    try:
+        solve(steps)
+        return time.process_time() - began
+    except TimeoutError:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, old)
+
+
+def long(counts: list[int]) -> tuple[list[dict], list[str]]:
+    """The rows of the long horizons, and whether the time is linear in the steps."""
+    rows, each = [], []
+    contenders = [("neuralde euler_maruyama", long_ours, count, math.inf) for count in counts]
+    contenders += [("torchsde euler", long_theirs, count, LIMIT) for count in (100, 1000, 10_000)]
+    for name, solve, count, limit in contenders:
+        seconds = processor_seconds(solve, count, min(limit, 1e7))
+        found = None if seconds is None else 1e6 * seconds / count
+        rows.append({"contender": name, "steps": count, "seconds": seconds, "µs per step": found})
+        if solve is long_ours:
+            each.append(found)
+        print(rows[-1], flush=True)
+    claim = f"{counts[-1]} steps, time per step over that of {counts[0]} steps"
+    return rows, [verdict(claim, each[-1] / each[0], 1.5)]
+
+
+def main():
+    """Measures, prints a table and writes it to results/."""
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--rounds", type=int, default=7, help="measurements of every contender, at least 7")
+    options.add_argument("--long", type=int, nargs="*", help="numbers of steps: the long horizons, and nothing else")
+    given = options.parse_args()
+    if given.rounds < 7:
+        options.error("--rounds must be at least 7")
+    torch.set_num_threads(1)
+    if given.long is not None:
+        rows, verdicts = long(given.long or [10_000, 100_000, 1_000_000])
+        notes = [
+            "seconds of the processor, not of the clock: other programs may run; one path of one component, float64, "
+            "no gradients; each measured once",
+            f"torchsde with its defaults: no seconds where it had not ended after {LIMIT:.0f}",
+            *verdicts,
+        ]
+        return write(given.results, "sde_long", rows, "1", notes, ("torchsde",))
+    trials, rows, verdicts = [trial(seed) for seed in (0, 1)], [], []
+    for tolerance in TOLERANCES:
+        more, judged = compare(trials, tolerance, given.rounds)
+        rows += more
+        verdicts += judged
+    notes = [
+        f"drift a {FEATURES}-{HIDDEN}-{FEATURES} tanh network, diffusion linear, default initialisation, diagonal Itô "
+        f"noise, batch {BATCH} of randn, t from 0 to 1; loss: half the sum of squares of z(1)",
+        "strong error: root mean square over paths and components and mean over two networks, in float64, against "
+        f"sosri with {FINE} steps on the same paths; neuralde's tolerance is the loosest 2^(k/2) with at most "
+        "torchsde's error; timed in float32, each with noise of its own",
+        f"{given.rounds} rounds; ms are medians over them, ratios the medians of the ratios of every round, spread the "
+        "interquartile range over the median; claimed is the better of neuralde's methods",
+        *verdicts,
+    ]
+    return write(given.results, "sde_speed", rows, "1", notes, ("torchsde",))
+
+
+if __name__ == "__main__":
+    main()
