@@ -114,7 +114,7 @@ def test_pretraining_unrolls_and_ends():
     for g, e in zip(found, torch.autograd.grad(expected.square().sum(), list(f.parameters())), strict=True):
         torch.testing.assert_close(g, e)
     assert bool((layer.solution.stats.nfe == 3).all()) and layer.solution.residual is None
-    assert float(reg.Skip()(layer)) > 0 and float(reg.EquilibriumJacobian()(layer)) > 0
+    assert bool(reg.Skip()(layer) > 0) and bool(reg.EquilibriumJacobian()(layer) > 0)
 
     memory = io.BytesIO()
     torch.save(layer.state_dict(), memory)
@@ -207,7 +207,7 @@ def test_dropout_is_drawn_once_per_solve(dropout, adjoint):
     torch.manual_seed(3)
     close(z, f(z, x), 1e-4)  # the same mask
     other = layer(x)
-    assert float((other - z).abs().max()) > 1e-2  # the next solve draws another one
+    assert bool((other - z).abs().max() > 1e-2)  # the next solve draws another one
     other.sum().backward()
     layer.eval()
     torch.testing.assert_close(layer(x), layer(x))
@@ -315,14 +315,12 @@ def test_the_jacobian_is_estimated_without_bias():
     f, x = Block(scale=0.9).double(), inputs(torch.float64)
     layer = nde.DeepEquilibrium(f, solver="newton", rtol=1e-10)
     z = layer(x).detach()
-    exact = torch.func.vmap(torch.func.jacrev(lambda z, x: f(z[None], x[None])[0]))(z, x).square().sum(dim=(1, 2)) / D
+    jacobian = (1 - torch.tanh(f.w(z) + f.u(x)) ** 2)[:, :, None] * f.w.weight
+    exact = jacobian.square().sum(dim=(1, 2)) / D
     penalty = reg.EquilibriumJacobian(samples=800, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(penalty.figure(layer.solution), exact.detach(), rtol=0.2, atol=0)
     penalty(layer).backward()
-    by_hand = torch.autograd.grad(
-        (torch.func.vmap(torch.func.jacrev(lambda z, x: f(z[None], x[None])[0]))(z, x).square().sum() / (D * BATCH)),
-        f.w.weight,
-    )[0]  # fmt: skip
+    (by_hand,) = torch.autograd.grad(exact.mean(), f.w.weight)
     close(f.w.weight.grad, by_hand, 0.2)
 
 
@@ -332,7 +330,7 @@ def test_the_jacobian_is_applied_with_a_probability():
     penalty = reg.EquilibriumJacobian(probability=0.25, generator=torch.Generator().manual_seed(0))
     calls, applied = layer.f.calls, 0
     for _ in range(200):
-        applied += float(penalty(layer)) > 0
+        applied += bool(penalty(layer) > 0)
     assert 25 < applied < 75
     assert layer.f.calls - calls == applied
     assert float(reg.EquilibriumJacobian(probability=0.0)(layer)) == 0.0
@@ -356,7 +354,7 @@ def test_steps_have_no_gradient_to_lose():
     layer(inputs())
     with refused(nde.NeuralDEError, "implicit", "direct", "EquilibriumJacobian"):
         reg.GlobalError()(layer).backward()
-    assert float(reg.LocalStiffness()(layer)) > 0
+    assert bool(reg.LocalStiffness()(layer) > 0)
 
 
 def test_spectral_radius():
@@ -384,8 +382,8 @@ def test_plot(solver):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@SOLVER
-@pytest.mark.parametrize("adjoint", [a for a in STEADY if a != "direct"])
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "tsit5"])
+@pytest.mark.parametrize("adjoint", ["implicit", "implicit-anderson", "phantom"])
 def test_cuda(solver, adjoint):
     f, x = Block(nde.VariationalDropout(0.2)).cuda(), inputs().cuda()
     layer = nde.DeepEquilibrium(f, solver=solver, adjoint=adjoint, initial="first_step")

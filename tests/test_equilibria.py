@@ -50,7 +50,7 @@ def reference(f, x, batch=BATCH):
     with torch.no_grad():
         for _ in range(300):
             z = f(z, x)
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, x: f(z[None], x[None])[0]))(z, x.detach())
+    jacobian = (1 - z**2)[:, :, None] * f.w.detach()
     costate = torch.linalg.solve((torch.eye(D, dtype=z.dtype) - jacobian).mT, 2 * z)
     return z, list(torch.autograd.grad(f(z, x), [*f.parameters(), x], costate))
 
