@@ -100,7 +100,7 @@ def probe(
     layout = Layout.of(z)
     noisy = isinstance(f, SDE)
     control = _control.get(control)
-    solver = solvers.for_sde(solver, f) if noisy else solvers.get(ODE.usual.solver if solver is None else solver)
+    solver = solvers.for_sde(solver, f) if noisy else solvers.for_ode(ODE.usual.solver if solver is None else solver)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
@@ -246,7 +246,7 @@ def _methods(solution: Solution, t: Tensor, solver: str | Solver | None) -> list
     if solver is not None or len(solution.solver.parts) == 1:
         if solver is not None:
             problem = solution._problem
-            solver = solvers.for_sde(solver, problem.field.equation) if problem.noisy else solvers.get(solver)
+            solver = solvers.for_sde(solver, problem.field.equation) if problem.noisy else solvers.for_ode(solver)
         return [(solution.solver if solver is None else solver, everyone)]
     used = solution._parts_at(t)
     # A method that builds on earlier steps can't begin anywhere: the one that starts it can.

@@ -265,13 +265,7 @@ def chosen(
     if isinstance(equation, SDE):
         solver, control = solvers.for_sde(solver, equation, control.adaptive), _control.for_noise(control)
     else:
-        solver = solvers.get(solver)
-    if solver.discrete:
-        able = ", ".join(x.name for x in solvers.SOLVERS.values() if not x.discrete)
-        raise ValueError(
-            f"solver {solver.name!r} finds steady states (nde.SteadyState, nde.DeepEquilibrium), it has no steps in "
-            f"time; on a horizon take one of {able}"
-        )
+        solver = solvers.for_ode(solver)
     if not adjoint.of_horizons:
         able = ", ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.of_horizons)
         raise ValueError(

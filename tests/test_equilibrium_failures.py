@@ -166,6 +166,10 @@ def test_what_does_not_go_together():
     for solver in EQUILIBRIUM:
         with refused(ValueError, solver, "nde.SteadyState", *SOLVERS):
             nde.solve(ode, z, (0.0, 1.0), solver=solver)
+        with refused(ValueError, solver, "tsit5"):
+            nde.probe(lambda t, z: -z, 0.0, z, solver=solver)
+        with refused(ValueError, solver, "tsit5"):
+            nde.adjoints.Backsolve(solver=solver)
         with refused(ValueError, "dt0", solver):
             nde.solve(steady, z, solver=solver, dt0=0.5)
     for adjoint in nde.adjoints.ADJOINTS:

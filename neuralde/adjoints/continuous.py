@@ -70,7 +70,7 @@ class Continuous(Adjoint):
     ):
         self.rtol = None if rtol is None else _control.check_tolerance("rtol", rtol)
         self.atol = None if atol is None else _control.check_tolerance("atol", atol)
-        self.solver = None if solver is None else solvers.get(solver)
+        self.solver = None if solver is None else solvers.for_ode(solver)
         self.dt0, self.max_steps = _control.number("dt0", dt0), _control.number("max_steps", max_steps)
         _control.check_sizes(self.dt0)
         if self.max_steps is not None:

@@ -46,6 +46,7 @@ __all__ = [
     "Tableau",
     "VectorField",
     "Work",
+    "for_ode",
     "for_sde",
     "get",
     "register",
@@ -68,6 +69,22 @@ def get(solver: str | Solver) -> Solver:
     if isinstance(solver, str) and solver in SDE_SOLVERS and solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is for SDEs: solve(nde.SDE(drift, diffusion), ...); for ODEs, take tsit5")
     return Foreign(solver) if speaks_torchdyn(solver) else SOLVERS.find(solver)
+
+
+def for_ode(solver: str | Solver) -> Solver:
+    """As `get`, of solvers that have steps in time.
+
+    Raises:
+        ValueError, TypeError: as `get`; or it is an iteration for steady states.
+    """
+    solver = get(solver)
+    if solver.discrete:
+        able = ", ".join(x.name for x in SOLVERS.values() if not x.discrete)
+        raise ValueError(
+            f"solver {solver.name!r} finds steady states (nde.SteadyState, nde.DeepEquilibrium), it has no steps in "
+            f"time; on a horizon take one of {able}"
+        )
+    return solver
 
 
 # dopri5's exponents are those of Hairer's DOPRI5, which OrdinaryDiffEq.jl keeps for it.
