@@ -123,6 +123,17 @@ def test_a_lost_sample_hands_no_gradient_on():
     assert gradient[[2, 3], 1].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("adjoint", [a for a in STEADY if a != "direct"])
+def test_a_batch_that_is_lost_as_a_whole_hands_zeros_on(adjoint):
+    """Not nothing: a parameter without a gradient would stop torch's DistributedDataParallel."""
+    f, x = torch.nn.Linear(1, 1).double(), torch.full((2, 1), float("nan"), dtype=D).requires_grad_()
+    given = {"args": x, "solver": "fixed_point", "adjoint": adjoint, "on_failure": "ignore"}
+    solution = nde.solve(nde.SteadyState(lambda z, x: f(z) + x), torch.zeros(2, 1, dtype=D), **given)
+    assert solution.status.tolist() == [Status.NON_FINITE] * 2
+    solution.final.sum().backward()
+    assert all(p.grad is not None and not bool(p.grad.any()) for p in (*f.parameters(), x))
+
+
 def test_a_linear_system_that_is_not_solved_warns():
     matrix = torch.diag(torch.linspace(0.1, 0.99, 12, dtype=D))[None].requires_grad_()
     equation = nde.SteadyState(lambda z, a: (a @ z[..., None])[..., 0] + 1.0)

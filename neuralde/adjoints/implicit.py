@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .. import control as _control
 from .. import termination as _termination
 from ..discover import discover
 from ..errors import NeuralDEError, SolveWarning
+from ..field import reachable
 from ..graph import without_gradient
 from ..linear import LinearSolve, gmres
 from ..problem import Problem
@@ -51,6 +53,8 @@ class AtRest(Adjoint):
             rows = _with_gradient(problem, trajectory)
             if rows is None or len(rows):
                 self.attach(problem, outcome, rows)
+            else:
+                outcome.final = _without(problem, outcome.final)
         return outcome
 
     def _constant(self, figure: Callable[[], Tensor], outcome: Outcome) -> Tensor:
@@ -76,6 +80,27 @@ def _with_gradient(problem: Problem, trajectory: Trajectory) -> Tensor | None:
         return None
     kept = _termination.kept(trajectory.status).expand(len(trajectory.final))
     return None if bool(kept.all()) else kept.nonzero().flatten()
+
+
+def _without(problem: Problem, final: Tensor) -> Tensor:
+    """States that have no gradient to hand on, in the graph all the same.
+
+    Parameters that get none at all would keep torch's DistributedDataParallel waiting for them.
+    """
+    leaves = pytree.tree_leaves(problem.field.args)
+    given = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    return _Nothing.apply(final, *{id(x): x for x in (*given, *reachable(problem.field.equation.f))}.values())
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, final: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return final.clone()
+
+    @staticmethod
+    def backward(ctx, v: Tensor):
+        return None, *(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def at_rest(problem: Problem, trajectory: Trajectory, rows: Tensor | None, z: Tensor | None = None):
