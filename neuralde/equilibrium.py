@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from .adjoints.base import Outcome
+from .graph import without_gradient
 from .outputs import Outputs
 from .problem import Problem
 from .solution import Solution, Steps
+
+_CONSTANT = (
+    "the residuals of an iteration, and their ratios, are constants to gradients; penalize the steady state itself by "
+    "regularizers.EquilibriumJacobian, or the last step by regularizers.Contraction"
+)
 
 
 class Descent(Steps):
@@ -30,7 +36,7 @@ class Descent(Steps):
 
     @functools.cached_property
     def error(self) -> Tensor | None:  # noqa: D102
-        return self.residual if self._problem.solver.discrete else Steps.error.func(self)
+        return self._constant(self.residual) if self._problem.solver.discrete else Steps.error.func(self)
 
     @functools.cached_property
     def stiffness(self) -> Tensor | None:  # noqa: D102
@@ -38,7 +44,11 @@ class Descent(Steps):
             return Steps.stiffness.func(self)
         first = self._problem.rest.first.expand(self._grid.batch)
         before = torch.cat([first[None], self.residual])[:-1]
-        return torch.where(self.mask & (before > 0), self.residual / torch.where(before > 0, before, 1.0), 0.0)
+        ratio = self.residual / torch.where(before > 0, before, 1.0)
+        return self._constant(torch.where(self.mask & (before > 0), ratio, 0.0))
+
+    def _constant(self, figure: Tensor) -> Tensor:
+        return without_gradient(figure, [self._outcome.final], _CONSTANT)
 
     @functools.cached_property
     def z(self):  # noqa: D102

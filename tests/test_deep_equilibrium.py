@@ -355,6 +355,11 @@ def test_steps_have_no_gradient_to_lose():
     with refused(nde.NeuralDEError, "implicit", "direct", "EquilibriumJacobian"):
         reg.GlobalError()(layer).backward()
     assert bool(reg.LocalStiffness()(layer) > 0)
+    layer = nde.DeepEquilibrium(Block(), solver="anderson")
+    layer(inputs())
+    for penalty in (reg.GlobalError(), reg.GlobalStiffness()):
+        with refused(nde.NeuralDEError, "EquilibriumJacobian", "Contraction"):
+            penalty(layer).backward()
 
 
 def test_spectral_radius():
