@@ -60,7 +60,7 @@ def how(solver):
     if solver in EQUILIBRIUM:
         return {"solver": solver, "rtol": 1e-10, "atol": 1e-12}
     given = options(solver, dt0=0.8)
-    tolerance = 1e-5 if solver in SLOW else 1e-8
+    tolerance = 1e-4 if solver in SLOW else 1e-8
     return given | {"rtol": tolerance, "atol": tolerance, "termination": nde.Termination(rtol=max(1e-7, tolerance))}
 
 
@@ -80,7 +80,7 @@ def test_the_steady_state_and_its_gradients(solver):
     assert bool((error <= 5 * tolerance * solution.final.norm(dim=1) * 1.01).all())
     found = torch.autograd.grad(solution.final.square().sum(), [*f.parameters(), x])
     for g, e in zip(found, gradients, strict=True):
-        close(g, e, 1e-6 if tolerance <= 1e-7 else 1e-3)
+        close(g, e, 1e-6 if tolerance <= 1e-7 else 2e-3)
 
 
 @pytest.mark.parametrize("solver", [*EQUILIBRIUM, "tsit5"])
@@ -129,13 +129,12 @@ def test_direct_differentiates_the_steps(solver):
     f, x = Map(), inputs().requires_grad_()
     _, gradients = reference(f, x)
     z0 = zeros().requires_grad_()
-    given = how(solver) | ({"rtol": 1e-5, "atol": 1e-6} if solver == "rosenbrock23" else {})
-    solution = nde.solve(nde.SteadyState(f), z0, args=x, adjoint="direct", **given)
+    solution = nde.solve(nde.SteadyState(f), z0, args=x, adjoint="direct", **how(solver))
     loss = solution.final.square().sum()
     *found, by_start = torch.autograd.grad(loss, [*f.parameters(), x, z0])
     for g, e in zip(found, gradients, strict=True):
-        close(g, e, 1e-3 if solver == "rosenbrock23" else 1e-5)
-    assert 0 < float(by_start.abs().max()) < 1e-3
+        close(g, e, 5e-3 if solver == "rosenbrock23" else 1e-5)
+    assert 0 < float(by_start.abs().max()) < 1e-2
 
 
 @pytest.mark.parametrize("adjoint", [a for a in STEADY if a != "direct"])
