@@ -304,6 +304,79 @@ def test_the_way_to_a_time_is_short(monkeypatch):
     assert len(drawn) < 512 * 3  # times with few digits: every interval of ten levels once
 
 
+# -- with the rest of the package --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["sosri2", "srk", "milstein"])
+def test_transforms(solver):
+    equation, z0 = net().equation(), z_start()
+    options = {"args": torch.ones(3, dtype=torch.float64), "solver": solver, "rtol": 0.2, "atol": 0.2, "seed": 1}
+
+    def final(z):
+        return nde.solve(equation, z, (0.0, 0.5), adjoint="direct", **options).final
+
+    _, tangent = torch.func.jvp(final, (z0,), (torch.ones_like(z0),))
+    solution, size = nde.solve(equation, z0, (0.0, 0.5), **options), 1e-6
+    up, down = (nde.introspection.replay(solution, z0 + x, options["args"]).final for x in (size, -size))
+    torch.testing.assert_close(tangent, (up - down) / (2 * size), rtol=0, atol=1e-8)
+    both = torch.func.vmap(final)(torch.stack([z0, 0.5 * z0]))
+    assert both.shape == (2, 4, 3) and bool(both.isfinite().all())
+    with torch.inference_mode():
+        torch.testing.assert_close(final(z0), solution.final, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "general"])
+def test_states_of_any_structure(noise):
+    z0 = {"a": z_start(), "b": torch.ones(4, 2, 2, dtype=torch.float64)}
+
+    def spread(z):
+        return 0.1 * z if noise == "diagonal" else 0.1 * z[..., None] * torch.ones(2).double()
+
+    def drift(t, z):
+        return {name: -x for name, x in z.items()}
+
+    def diffusion(t, z):
+        wide = {name: 0.1 * x for name, x in z.items()}
+        return (
+            wide if noise == "diagonal" else {name: x[..., None] * torch.ones(2).double() for name, x in wide.items()}
+        )
+
+    sense = "ito" if noise == "diagonal" else "stratonovich"
+    found = nde.solve(nde.SDE(drift, diffusion, noise, sense), z0, (0.0, 1.0), rtol=0.1, atol=0.1, seed=1)
+    flat = torch.cat([z0["a"], z0["b"].flatten(1)], dim=1)
+    matrix = (
+        (lambda t, z: 0.1 * z) if noise == "diagonal" else (lambda t, z: 0.1 * z[..., None] * torch.ones(2).double())
+    )
+    plain = nde.solve(nde.SDE(lambda t, z: -z, matrix, noise, sense), flat, (0.0, 1.0), rtol=0.1, atol=0.1, seed=1)
+    torch.testing.assert_close(torch.cat([found.final["a"], found.final["b"].flatten(1)], dim=1), plain.final)
+
+
+def test_few_checkpoints_and_second_derivatives():
+    found, second = [], []
+    for adjoint in ("direct", "checkpointed", nde.adjoints.Checkpointed(checkpoints=3)):
+        z0, args = z_start().requires_grad_(), torch.ones(3, dtype=torch.float64)
+        solution = nde.solve(net().equation(), z0, (0.0, 0.5), args=args, adjoint=adjoint, rtol=0.2, atol=0.2, seed=1)
+        value = solution.final.square().sum() + solution.error.sum()
+        (first,) = torch.autograd.grad(value, z0, create_graph=len(found) < 2)
+        found.append(first.detach())
+        if len(found) <= 2:
+            second.append(torch.autograd.grad(first.square().sum(), z0)[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(second[1], second[0], rtol=1e-10, atol=1e-12)
+
+
+def test_randomness_inside_and_half_precision():
+    dropped = nde.SDE(lambda t, z: torch.nn.functional.dropout(-z, 0.5), lambda t, z: 0.1 * z)
+    solution = nde.solve(dropped, z_start(), (0.0, 1.0), rtol=0.1, atol=0.1, seed=1)
+    assert int(solution.stats.rejected.max()) < 5  # one draw for the whole solve
+    z0 = torch.ones(4, 3, dtype=torch.bfloat16)
+    half = nde.solve(nde.SDE(lambda t, z: -z, lambda t, z: 0.1 * z), z0, (0.0, 1.0), seed=1).final
+    full = nde.solve(nde.SDE(lambda t, z: -z, lambda t, z: 0.1 * z), z0.float(), (0.0, 1.0), seed=1).final
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.02, atol=0.02)
+
+
 # -- penalties ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..brownian import Noise
 from ..equations import NOISE_TYPES, SDE
 from .base import Step
@@ -72,18 +73,27 @@ def milstein_stratonovich(f: DrivenField, times, h: Tensor, z: Tensor, noise: No
 
 
 def _milstein(f: DrivenField, times, h: Tensor, z: Tensor, noise: Noise, first: tuple, square: Tensor) -> Tensor:
+    square = square if f.diagonal else square[:, None]
+    if transforms.active():
+        diffusion, back = torch.func.vjp(lambda x: f.diffusion(times[0], x), z)
+        (change,) = back(diffusion * square)
+    else:
+        diffusion, change = _with_derivative(f, times[0], z, square)
+    return z + h * first[0] + f.times_noise(diffusion, noise.w) + 0.5 * change
+
+
+def _with_derivative(f: DrivenField, time, z: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """g, and Σ_j g_j g_j' square_j, which is on the tape if grad mode is on."""
     taped = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         # An end of its own: the diffusion may depend on z in other ways, through tensors that it closes over.
         x = z.view_as(z) if taped and z.requires_grad else z.detach().clone().requires_grad_()
-        diffusion = f.diffusion(times[0], x)
-        change = torch.zeros_like(z)
+        diffusion = f.diffusion(time, x)
+        found = None
         if diffusion.requires_grad:
-            weights = diffusion * (square if f.diagonal else square[:, None])
+            weights = (diffusion if taped else diffusion.detach()) * square
             (found,) = torch.autograd.grad(diffusion, x, weights, create_graph=taped, allow_unused=True)
-            change = change if found is None else found
-    moved = z + h * first[0] + f.times_noise(diffusion if taped else diffusion.detach(), noise.w)
-    return moved + 0.5 * change
+    return diffusion if taped else diffusion.detach(), torch.zeros_like(z) if found is None else found
 
 
 class Method:
