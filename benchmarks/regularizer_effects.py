@@ -102,7 +102,9 @@ def main():
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
     options.add_argument("--epochs", type=int, default=8, help="of each training")
-    options.add_argument("--rounds", type=int, default=9, help="measurements of the time of a step, at least 7")
+    options.add_argument(
+        "--rounds", type=int, default=9, help="measurements of the time of a step, at least 7; 0: none"
+    )
     options.add_argument("--join", action="store_true", help="keep the trainings that the results have already")
     options.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     given = options.parse_args()
@@ -110,7 +112,7 @@ def main():
     config = demo.Config(epochs=given.epochs)
     names = list(dict.fromkeys(["none", *given.only]))
     steps = steps_of(config, names)
-    seconds = in_turns(steps, given.rounds, least=0.0)
+    seconds = in_turns(steps, given.rounds, least=0.0) if given.rounds else None
     memory = {name: peak(step) for name, step in steps.items()}
     print("steps measured; training", file=sys.stderr)
     known = earlier(given.results) if given.join else {}
@@ -130,13 +132,14 @@ def main():
                 "± NFE": statistics.stdev(nfe) if len(nfe) > 1 else None,
                 "accuracy (%)": f"{100 * statistics.fmean(accuracy):.1f}",
                 "± points": 100 * statistics.stdev(accuracy) if len(accuracy) > 1 else None,
-                "ms per step": 1e3 * statistics.median(seconds[name]),
-                "times none's": median_ratio(seconds[name], seconds["none"]),
-                "spread": spread(seconds[name]),
+                "ms per step": 1e3 * statistics.median(seconds[name]) if seconds else None,
+                "times none's": median_ratio(seconds[name], seconds["none"]) if seconds else None,
+                "spread": spread(seconds[name]) if seconds else None,
                 "peak of a step (MB)": memory[name] / 1e6,
             }
         )
-    fine = [run | {"seconds_per_step": statistics.median(seconds[run["regularizer"]])} for run in runs]
+    per_step = {name: statistics.median(seconds[name]) if seconds else None for name in names}
+    fine = [run | {"seconds_per_step": per_step[run["regularizer"]]} for run in runs]
     notes = [
         f"The demo's classifier of scikit-learn's digits: 65-{config.hidden}-64 tanh field with time, tsit5 at rtol = "
         f"atol = {config.tolerance}, float64, checkpointed adjoint; {config.epochs} epochs of Adam, batch "

@@ -420,9 +420,9 @@ def _overhead(layer: LayerDiagnosis) -> list[Finding]:
     if layer.f_share >= OVERHEAD or layer.solution._problem.compile:
         return []
     what = f"f takes {100 * layer.f_share:.0f} % of the solve; the rest stands around it"
-    advice = (
-        "on the CPU compile the layer, nde.compile(layer); larger batches; torch.set_num_threads(1) for small states"
-    )
+    advice = "larger batches; on the CPU torch.set_num_threads(1) for small states"
+    if layer.solution.residual is None:
+        advice += ", and a compiled solve: nde.compile(layer)"
     return [Finding("overhead", what, advice)]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from neuralde import introspection, transforms
 from neuralde.solution import Solution
 
+from . import taylor_functions  # noqa: F401  (its rules are registered as it is imported)
 from .base import Regularizer
 from .schedules import Schedule
 from .taylor import derivatives, nested_derivatives
@@ -58,8 +59,8 @@ class TaylorDerivative(_Along):
         reduce: "sum" over the components of a sample, the paper's norm; or "mean", which its code takes and its
             coefficients belong to.
         mode: "taylor", one call of f with power series in place of tensors, for f made of operations that have a rule
-            (see `regularizers.taylor_rules`); or "jvp", nested forward mode by torch.func, whose cost doubles with
-            every order, for f made of anything that goes through torch.func.jvp.
+            (see `regularizers.taylor_rules` and `.taylor_functions`); or "jvp", nested forward mode by torch.func,
+            whose cost doubles with every order, for f made of anything that goes through torch.func.jvp.
 
     Differentiable under the adjoints that have gradients of the steps' states: "direct", "checkpointed" (without few
     checkpoints) and "interpolating" or "quadrature" where they keep the states.
