@@ -148,6 +148,8 @@ def main():
         "all but Steer, which draws one end time (the same in every round). Training gets faster as NFE falls.",
         "Memory is that of the tensors alive at once.",
     ]
+    if known:
+        notes.append("NFE and accuracy are, in part or all, of trainings that an earlier run made (--join).")
     write(given.results, "regularizer_effects", rows, str(THREADS), notes, fine=fine)
 
 
