@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 _LEVELS = {torch.float32: 24, torch.float64: 32}  # of bisection below a cell: float32 has no finer times
+_MANY = 4096  # paths, for which a random number takes longer than the call that makes it
 _PATHS = ("independent", "antithetic", "shared")
 
 
@@ -186,7 +187,7 @@ class Tree:
         """See `Paths.between`."""
         times = times.double() / self.cell
         normals = functools.partial(_normals, self.keys, self.dtype)
-        if times.shape[1] == 1 and len(times) <= 3 and times.device.type == "cpu":
+        if times.shape[1] == 1 and len(times) <= 3 and times.device.type == "cpu" and self.keys.numel() >= _MANY:
             # One step for all samples: the next one's way begins where this one's ends.
             self._known = self._known or _Known(normals, self.levels)
             points = times[:, 0].tolist()

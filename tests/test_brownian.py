@@ -94,7 +94,8 @@ def test_consistent_under_subdivision(points, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("points", ["few digits", "any", "late"])
-def test_one_step_after_the_other_sees_the_path_of_all_at_once(points, dtype):
+def test_one_step_after_the_other_sees_the_path_of_all_at_once(points, dtype, monkeypatch):
+    monkeypatch.setattr("neuralde.brownian._MANY", 1)
     start, end = POINTS[points][0], POINTS[points][-1]
     times = torch.tensor(POINTS[points], dtype=dtype)[:, None]
     paths = bound(5, 3, start=start, span=max(1.0, end - start), dtype=dtype, paths="shared")
