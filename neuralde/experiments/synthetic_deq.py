@@ -104,7 +104,7 @@ def run(config: Config) -> Result:
         torch.set_num_threads(threads)
     columns = {
         "loss": Column("squared error (1e-3)", 1e3, 2),
-        "slope": Column("mean |∂f/∂z|", 1.0, 3),
+        "slope": Column("mean size of ∂f/∂z", 1.0, 3),
         "fixed_point": Column("NFE, fixed_point", 1.0, 2),
         "anderson": Column("NFE, anderson", 1.0, 2),
         "converged": Column("converged (%)", 100.0, 1),
@@ -175,13 +175,13 @@ def findings(result: Result) -> list[Finding]:
     """What the paper found: the larger γ, the flatter the surface and the fewer the evaluations; the fit stays."""
     found = []
     rows = result.rows()
-    for column, what in (("slope", "mean |∂f/∂z|"), ("fixed_point", "NFE of the fixed-point iteration")):
+    for column, what in (("slope", "mean size of ∂f/∂z"), ("fixed_point", "NFE of the fixed-point iteration")):
         values = [row[column] for row in rows]
         falls = all(later < earlier for earlier, later in itertools.pairwise(values))
         shown = ", ".join(f"{value:.3g}" for value in values)
         found.append(Finding(f"{what} falls with γ: {shown}", falls))
     accelerated = ", ".join(f"{row['anderson']:.3g}" for row in rows)
-    found.append(Finding(f"Anderson's, which is a secant method here, hardly change: {accelerated}"))
+    found.append(Finding(f"Those of Anderson's, which is a secant method here: {accelerated}"))
     losses = ", ".join(f"{row['loss']:.2e}" for row in rows)
     found.append(Finding(f"squared errors on the test samples: {losses} (the noise has 2.50e-03)"))
     return found
@@ -220,6 +220,8 @@ def _cobweb(axes, f: Map, states: Tensor) -> None:
     axes.plot(states, states, color="grey", linewidth=0.8, label="z")
     corners = [(a, b) for a, c in itertools.pairwise(way) for b in (a, c)]
     axes.plot(*zip(*corners, strict=True), color="C3", linewidth=0.9, marker=".", label=f"{int(solution.depth)} steps")
+    axes.set_xlim(float(states[0]), float(states[-1]))  # without the penalty the way may leave the picture
+    axes.set_ylim(float(states[0]), float(states[-1]))
     axes.set_xlabel("z")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
