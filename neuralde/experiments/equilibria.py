@@ -236,6 +236,8 @@ def draw(result: Result, path: pathlib.Path) -> None:
             axis.plot(epochs, values.mean(0), label=row, marker="." if len(epochs) < 20 else "", **style)
             axis.fill_between(epochs, values.amin(0), values.amax(0), color=style["color"], alpha=0.1, linewidth=0)
     axes[0].set_ylabel(f"test {column.heading}")
+    if name == "loss":
+        axes[0].set_yscale("log")
     axes[1].set_ylabel("NFE on the test samples")
     axes[1].set_yscale("log")
     axes[1].legend(fontsize="small")

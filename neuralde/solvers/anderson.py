@@ -50,49 +50,51 @@ class Anderson(Iteration):
     def move(self, f, z: Tensor, slope: Tensor, memory: _Differences) -> Move:
         """See `Iteration.move`."""
         plain = torch.add(z, slope, alpha=self.beta)
-        known = memory.add(z, slope, self.beta)
-        if not known:
+        if not memory.add(z, slope, self.beta):
             return Move(plain)
-        size = memory.gram[:, :known, :known]
-        right = torch.bmm(slope[:, None], memory.slopes[:, :known].mT)[:, 0]
+        size = memory.gram
+        right = torch.bmm(slope[:, None], memory.slopes.mT)[:, 0]
         scale = size.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(size.dtype).tiny).rsqrt()
         size = size * scale[:, :, None] * scale[:, None, :]
         ridge = self.regularization or 10 * self.m * torch.finfo(size.dtype).eps
         size.diagonal(dim1=1, dim2=2).add_(ridge)
         weights, _ = torch.linalg.solve_ex(size, scale * right)
-        # A sample whose history is of no use makes a plain step.
-        weights = torch.nan_to_num(weights * scale, nan=0.0, posinf=0.0, neginf=0.0)
-        return Move(torch.baddbmm(plain[:, None], weights[:, None], memory.moves[:, :known], alpha=-1.0)[:, 0])
+        # A sample whose history is of no use makes a plain step. The solver's weights lie column by column, with which
+        # batched products go through the samples one by one.
+        weights = torch.nan_to_num(weights * scale, nan=0.0, posinf=0.0, neginf=0.0).contiguous()
+        return Move(torch.baddbmm(plain[:, None], weights[:, None], memory.moves, alpha=-1.0)[:, 0])
 
     def __repr__(self) -> str:
         return f"{self.name} (memory {self.m})"
 
 
 class _Differences:
-    """The last m differences of the residuals and of the plain steps, [batch, m, features], in no order."""
+    """The last m differences of the residuals and of the plain steps, [batch, m, features], in no order.
+
+    Those that there are not yet are 0, and get the weight 0: batched products of very few rows are the slow ones.
+    """
 
     def __init__(self, m: int):
         self.m, self.made = m, 0
         self.plain = self.slope = self.slopes = self.moves = self.gram = None
 
-    def add(self, z: Tensor, slope: Tensor, beta: float) -> int:
-        """Takes in a state. Returns how many differences there are."""
+    def add(self, z: Tensor, slope: Tensor, beta: float) -> bool:
+        """Takes in a state. Returns whether there is a difference."""
         plain = torch.add(z, slope, alpha=beta)
         if self.slope is None:
             batch, features = z.shape
-            self.slopes, self.moves = z.new_empty(2, batch, self.m, features).unbind(0)
+            self.slopes, self.moves = z.new_zeros(2, batch, self.m, features).unbind(0)
             self.gram = z.new_zeros(batch, self.m, self.m)
         else:
             i = self.made % self.m
             self.made += 1
-            known = min(self.made, self.m)
             difference = torch.sub(slope, self.slope, out=self.slopes[:, i])
             torch.sub(plain, self.plain, out=self.moves[:, i])
-            row = torch.bmm(difference[:, None], self.slopes[:, :known].mT)[:, 0]
-            self.gram[:, i, :known] = row
-            self.gram[:, :known, i] = row
+            row = torch.bmm(difference[:, None], self.slopes.mT)[:, 0]
+            self.gram[:, i] = row
+            self.gram[:, :, i] = row
         self.plain, self.slope = plain, slope
-        return min(self.made, self.m)
+        return self.made > 0
 
     def on(self, index: Tensor) -> _Differences:
         """The same for some of the samples."""

@@ -1,0 +1,226 @@
+"""Deep equilibria against torchdeq, and the backward pass of a continuous one against its Neural ODE's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from common import in_turns, median_ratio, parser, spread, verdict, write
+from torch import Tensor, nn
+from torchdeq import get_deq
+
+import neuralde as nde
+
+BATCH, WIDTH, TOLERANCE, THREADS = 512, 128, 1e-3, 2
+# What neuralde's solver is called in torchdeq, and how many times as fast it is to be, forward and forward+backward.
+SOLVERS = {"broyden": ("broyden", 2.0), "anderson": ("anderson", 2.0), "fixed_point": ("fixed_point_iter", 1.0)}
+PAPER = 4.7
+
+
+class Map(nn.Module):
+    """f(z, x) = tanh(W z + U x), with a count of its calls.
+
+    Args:
+        scale: what W's default initialisation is multiplied by.
+    """
+
+    def __init__(self, scale: float):
+        super().__init__()
+        torch.manual_seed(0)
+        self.state, self.input = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        with torch.no_grad():
+            self.state.weight.mul_(scale)
+        self.calls = 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """f(z, x)."""
+        self.calls += 1
+        return torch.tanh(self.state(z) + self.input(x))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x -> z*, in one of the packages.
+
+    Attributes:
+        name: of the package and the solver. f: its map. call: x -> z*.
+    """
+
+    name: str
+    f: Map
+    call: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z*, without a tape."""
+        with torch.no_grad():
+            return self.call(x)
+
+    def both(self, x: Tensor) -> list[Tensor]:
+        """The gradients of Σ z*² of W, U and x."""
+        return torch.autograd.grad(self.call(x).square().sum(), [*self.f.parameters(), x])
+
+
+def ours(solver: str, scale: float) -> Layer:
+    """neuralde's, which stops sample by sample, with the same solver in the backward pass."""
+    f = Map(scale)
+    termination = nde.Termination("relative", rtol=TOLERANCE, norm="l2")
+    adjoint = nde.adjoints.Implicit(solver, rtol=TOLERANCE)
+    return Layer("neuralde", f, nde.DeepEquilibrium(f, solver=solver, termination=termination, adjoint=adjoint))
+
+
+def theirs(solver: str, scale: float) -> Layer:
+    """torchdeq's, with the same solver in the backward pass, as it does it."""
+    f = Map(scale)
+    options = {"f_max_iter": 100, "b_max_iter": 100, "f_tol": TOLERANCE, "b_tol": TOLERANCE, "ift": True}
+    options |= {"f_stop_mode": "rel", "b_stop_mode": "rel"}
+    name = SOLVERS[solver][0]
+    deq = get_deq(f_solver=name, b_solver=name, **options)
+
+    def call(x: Tensor) -> Tensor:
+        return deq(lambda z: f(z, x), torch.zeros_like(x))[0][-1]
+
+    return Layer("torchdeq", f, call)
+
+
+def residual(layer: Layer, x: Tensor) -> float:
+    """The largest ‖f(z) - z‖ / ‖f(z)‖ of a sample at what the layer gives."""
+    z = layer.forward(x)
+    with torch.no_grad():
+        image = layer.f(z, x)
+    return float(((image - z).norm(dim=1) / image.norm(dim=1)).max())
+
+
+def exact(scale: float, x: Tensor) -> list[Tensor]:
+    """The gradients, in float64."""
+    f = Map(scale).double()
+    tight = {"rtol": 1e-12, "atol": 1e-12, "adjoint": nde.adjoints.Implicit(rtol=1e-12)}
+    x = x.detach().double().requires_grad_()
+    return Layer("exact", f, nde.DeepEquilibrium(f, solver="anderson", **tight)).both(x)
+
+
+def off(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest relative deviation of a gradient."""
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+
+
+def against_torchdeq(scale: float, rounds: int) -> tuple[list[dict], list[str]]:
+    """The rows of one map, and the verdicts."""
+    torch.manual_seed(1)
+    x = torch.randn(BATCH, WIDTH, requires_grad=True)
+    layers = {solver: (ours(solver, scale), theirs(solver, scale)) for solver in SOLVERS}
+    probe, state = Map(scale), torch.randn(BATCH, WIDTH)
+
+    def raw():
+        with torch.no_grad():
+            probe(state, x)
+
+    contenders = {("raw", "", "f"): raw}
+    for solver, pair in layers.items():
+        for layer in pair:
+            contenders[solver, layer.name, "forward"] = lambda layer=layer: layer.forward(x)
+            contenders[solver, layer.name, "forward + backward"] = lambda layer=layer: layer.both(x)
+    seconds = in_turns(contenders, rounds)
+    raw_seconds = statistics.median(seconds["raw", "", "f"])
+    wanted, rows, verdicts = exact(scale, x), [], []
+    for solver, pair in layers.items():
+        residuals = [residual(layer, x) for layer in pair]
+        for what in ("forward", "forward + backward"):
+            times = [seconds[solver, layer.name, what] for layer in pair]
+            for layer, taken in zip(pair, times, strict=True):
+                rows.append(_row(scale, solver, what, layer, x, taken, raw_seconds, wanted))
+            least = SOLVERS[solver][1]
+            claim = f"W × {scale:g}, {solver}, {what}: torchdeq's time / neuralde's"
+            verdicts.append(verdict(claim, median_ratio(times[1], times[0]), least, least=True))
+        verdicts.append(
+            verdict(
+                f"W × {scale:g}, {solver}: residual / torchdeq's or the tolerance, whichever is larger",
+                residuals[0] / max(residuals[1], TOLERANCE),
+                1.0,
+            )
+        )
+    return rows, verdicts
+
+
+def _row(scale: float, solver: str, what: str, layer: Layer, x: Tensor, taken, raw: float, wanted) -> dict:
+    layer.f.calls = 0
+    layer.forward(x)
+    calls, middle = layer.f.calls, statistics.median(taken)
+    backward = what != "forward"
+    return {
+        "W ×": scale,
+        "solver": solver,
+        "what": what,
+        "package": layer.name,
+        "ms": 1e3 * middle,
+        "spread": spread(taken),
+        "calls of f": calls,
+        "own share (ms)": None if backward else 1e3 * (middle - calls * raw),
+        "residual": residual(layer, x),
+        "gradient off by": off(layer.both(x), wanted) if backward else None,
+    }
+
+
+def against_neural_ode(scale: float, rounds: int) -> tuple[list[dict], str]:
+    """The backward passes alone: of z* = f(z*, x) by tsit5, and of dz/dt = f(z, x) - z on [0, 1] by "interpolating"."""
+    torch.manual_seed(1)
+    x = torch.randn(BATCH, WIDTH, requires_grad=True)
+    f = Map(scale)
+    wanted = [*f.parameters(), x]
+    adjoint = nde.adjoints.Implicit(rtol=TOLERANCE)
+    termination = nde.Termination("relative", rtol=TOLERANCE, norm="l2")
+    deq = nde.DeepEquilibrium(f, solver="tsit5", control="joint", termination=termination, adjoint=adjoint)
+    ode = nde.ODE(lambda t, z, x: f(z, x) - z)
+    path = nde.solve(ode, torch.zeros_like(x), (0.0, 1.0), args=x, control="joint", adjoint="interpolating")
+    losses = {"continuous DEQ": deq(x).square().sum(), 'Neural ODE, "interpolating"': path.final.square().sum()}
+    contenders = {
+        name: lambda loss=loss: torch.autograd.grad(loss, wanted, retain_graph=True) for name, loss in losses.items()
+    }
+    seconds = in_turns(contenders, rounds)
+    rows = [
+        {"W ×": scale, "solver": "tsit5", "what": "backward", "package": name, "ms": 1e3 * statistics.median(taken)}
+        | {
+            "spread": spread(taken),
+            "calls of f": None,
+            "own share (ms)": None,
+            "residual": None,
+            "gradient off by": None,
+        }
+        for name, taken in seconds.items()
+    ]
+    mine, other = seconds.values()
+    return rows, verdict(
+        f"W × {scale:g}: Neural ODE's backward time / the DEQ's", median_ratio(other, mine), PAPER, True
+    )
+
+
+def main():
+    """Measures, and writes the results."""
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=9, help="measurements of each")
+    options.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5], help="of W")
+    given = options.parse_args()
+    torch.set_num_threads(THREADS)
+    rows, notes = [], []
+    for scale in given.scales:
+        for more, verdicts in (against_torchdeq(scale, given.rounds),):
+            rows += more
+            notes += verdicts
+        more, claim = against_neural_ode(scale, given.rounds)
+        rows += more
+        notes.append(claim)
+    notes = [
+        f"f(z, x) = tanh(W z + U x), {WIDTH} wide, torch's initialisation of a Linear with W multiplied as said, batch "
+        f"{BATCH} of randn, float32. Both packages end by the samples' relative residuals, at most {TOLERANCE}, and "
+        "solve the linear system of the backward pass (torchdeq: ift=True) with the same solver to the same tolerance. "
+        f"Medians of {given.rounds} rounds in turns; ratios are medians of the rounds' ratios.",
+        "own share: the time less that of so many calls of f alone. gradient off by: from float64's, at worst of W, U "
+        "and x.",
+        *notes,
+    ]
+    write(given.results, "equilibria", rows, f"{THREADS}", notes, ("torchdeq",))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The recipes on deep equilibria, at sizes that a test can afford."""
+
+import json
+
+import pytest
+import torch
+from helpers import refused
+
+from neuralde.experiments import cli, equilibria, mnist_deq_fc, polynomial, recipe, synthetic_deq
+
+TINY = {
+    "polynomial": ["--epochs", "2", "--batch", "256", "--width", "8", "--seeds", "2"],
+    "synthetic-deq": ["--epochs", "1", "--batch", "512", "--seeds", "2"],
+    "mnist-deq-fc": ["--epochs", "1", "--batch", "64", "--width", "32", "--seeds", "1"],
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_runs_and_saves(name, tmp_path, capsys):
+    assert cli.main(["run", name, *TINY[name], "--json", "--out", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "result.png").stat().st_size > 10_000
+    assert len(found["rows"]) == (3 if name == "synthetic-deq" else 6)
+    for row in found["rows"]:
+        assert all(row[what] is not None for what in row if not what.endswith("_spread"))
+        assert 0.0 <= row["converged"] <= 1.0
+    assert any(x["holds"] is not None for x in found["findings"])
+    if name != "synthetic-deq":
+        assert {len(run["nfe"]) for runs in found["history"].values() for run in runs} == {found["config"]["epochs"]}
+
+
+def test_a_run_is_reproducible():
+    config = polynomial.Config(seeds=1, epochs=1, batch=256, width=16)
+    first, second = (polynomial.run(config).trials for _ in range(2))
+    for row in first:
+        assert first[row][0]["loss"] == second[row][0]["loss"] and first[row][0]["nfe"] == second[row][0]["nfe"]
+    assert first["DEQ"][0]["loss"] != first["DEQ, Jacobian"][0]["loss"]
+
+
+def test_rows_are_what_they_say():
+    config = mnist_deq_fc.Config()
+    models = {row: equilibria.make_model(config, each, 784, 10) for row, each in equilibria.VARIANTS.items()}
+    count = {row: sum(p.numel() for p in model.parameters()) for row, model in models.items()}
+    # Table 1 of the paper: 134K and 151K (the exact numbers are those of its code).
+    assert count["DEQ"] == count["Skip Reg. DEQ"] == 134_538 and count["Skip DEQ"] == 151_050
+    for row, each in equilibria.VARIANTS.items():
+        penalty, layer = equilibria.make_penalty(config, each), models[row][2]
+        names = [] if penalty is None else [type(part).__name__ for part in penalty.parts]
+        assert ("Skip" in names) == ("Skip" in row) and ("EquilibriumJacobian" in names) == ("Jacobian" in row)
+        x = torch.rand(4, 784)
+        loss = models[row](x).square().mean()
+        if penalty is not None:
+            loss = loss + penalty(layer)
+        loss.backward()
+        assert all(p.grad is not None for p in models[row].parameters())
+
+
+def test_nfe_counts_the_first_step():
+    layers = {
+        row: equilibria.make_model(mnist_deq_fc.Config(), each, 4, 2) for row, each in equilibria.VARIANTS.items()
+    }
+    for row in ("DEQ", "Skip Reg. DEQ"):
+        model, calls = layers[row], []
+        handle = model[2].f.register_forward_hook(lambda *_: calls.append(1))
+        with torch.no_grad():
+            model(torch.rand(3, 4))
+        handle.remove()
+        assert equilibria.evaluations(model[2]) == len(calls)
+
+
+def test_synthetic_slope_and_steady_state():
+    f = synthetic_deq.Map(50)
+    assert sum(p.numel() for p in f.parameters()) == 200  # as the paper says
+    with torch.no_grad():
+        f.state.weight.fill_(1.0)
+        f.input.weight.fill_(1.0)
+        f.input.bias.fill_(0.0)
+        f.out.weight.fill_(0.01)  # f(z, x) = relu(z + x) / 2, at rest at z = x > 0
+    x = torch.rand(16, 1) + 0.5
+    figures = synthetic_deq.measured(f, x, x)
+    assert figures["slope"] == pytest.approx(0.5) and figures["loss"] < 1e-4 and figures["converged"] == 1.0
+    assert figures["anderson"] < figures["fixed_point"]  # linear: a secant is exact
+
+
+def test_findings_can_fail():
+    columns = {"nfe": recipe.Column("NFE"), "loss": recipe.Column("loss")}
+    rows = {"DEQ": 20.0, "Skip DEQ": 9.0, "Skip Reg. DEQ": 18.0}
+    result = recipe.Result("", columns, {row: [{"nfe": nfe, "loss": 1.0}] for row, nfe in rows.items()})
+    assert [x.holds for x in polynomial.findings(result)] == [True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "said"),
+    [
+        (polynomial, {"epochs": 0}, "epochs must be at least 1, got 0"),
+        (mnist_deq_fc, {"tolerance": 0.0}, "tolerance must be positive, got 0.0"),
+        (mnist_deq_fc, {"skip": -1.0}, "skip must be at least 0, got -1.0"),
+        (synthetic_deq, {"gammas": (2.0, 0.0)}, "gammas must be at least 0 and in rising order"),
+        (synthetic_deq, {"probability": 1.5}, "probability must be from 0 to 1, got 1.5"),
+    ],
+    ids=lambda x: getattr(x, "__name__", "").rpartition(".")[2] or ("said" if isinstance(x, str) else "-".join(x)),
+)
+def test_refuses(module, given, said):
+    with refused(ValueError, said):
+        module.Config(**given)
