@@ -4,7 +4,8 @@ Both solve along the same Brownian paths when their errors are measured, ours fr
 from the same tree behind its interface. Then each has its own noise, and is timed.
 
 A linear diffusion that mixes the components, as the papers' has, is no diagonal noise in the strict sense: the noise
-does not commute, and all methods, some of strong order 1.5 where it does, have order 0.5. So Euler–Maruyama is a contender.
+does not commute, and all methods, some of strong order 1.5 where it does, have order 0.5. So
+Euler-Maruyama is a contender.
 """
 
 from __future__ import annotations
