@@ -267,19 +267,19 @@ class Decay(nn.Module):
 
 
 def long_ours(steps: int) -> None:
-    """So many steps of 1/1000 by neuralde's euler_maruyama."""
+    """So many steps of 1/20 by neuralde's euler_maruyama."""
     sde, z0 = Decay(), torch.ones(1, 1, dtype=torch.float64)
     control = nde.StepControl(per_sample=False, adaptive=False)
-    options = {"solver": "euler_maruyama", "dt0": 1e-3, "control": control, "max_steps": 2 * steps, "seed": 1}
-    solution = nde.solve(nde.SDE(sde.f, sde.g), z0, (0.0, steps / 1000), **options)
+    options = {"solver": "euler_maruyama", "dt0": 0.05, "control": control, "max_steps": 2 * steps, "seed": 1}
+    solution = nde.solve(nde.SDE(sde.f, sde.g), z0, (0.0, steps / 20), **options)
     if int(solution.stats.accepted[0]) != steps:
         raise AssertionError(f"{steps} steps were asked for, and {solution.stats.accepted[0]} made")
 
 
 def long_theirs(steps: int) -> None:
-    """So many steps of 1/1000 by torchsde's euler, all else its default."""
-    ts = torch.tensor([0.0, steps / 1000], dtype=torch.float64)
-    torchsde.sdeint(Decay(), torch.ones(1, 1, dtype=torch.float64), ts, method="euler", dt=1e-3)
+    """So many steps of 1/20 by torchsde's euler, all else its default."""
+    ts = torch.tensor([0.0, steps / 20], dtype=torch.float64)
+    torchsde.sdeint(Decay(), torch.ones(1, 1, dtype=torch.float64), ts, method="euler", dt=0.05)
 
 
 @torch.no_grad()
