@@ -97,7 +97,7 @@ class Way:
                 one = one.after(_Sum(other_w[:-1], other_j[:-1], size), right_of_first[level])
                 two = two.before(_Sum(other_w[1:], other_j[1:], size), left_of_second[level])
             w, h = mine, along.add_(apart)
-        last = _Piece(w, h, torch.full_like(self.rest, 2.0**-self.levels).to(dtype)[..., None])
+        last = Piece(w, h, torch.full_like(self.rest, 2.0**-self.levels).to(dtype)[..., None])
         if self.split:
             begun, rest = last.divided(self.rest.to(dtype)[..., None], *numbers[-1])
             one = one.after(rest.some(slice(None, -1)).sum(), parted[-1])
@@ -135,14 +135,14 @@ class _Sum(NamedTuple):
             self.size + size,
         )
 
-    def or_within(self, first: _Piece, second: _Piece, parted: Tensor) -> _Sum:
+    def or_within(self, first: Piece, second: Piece, parted: Tensor) -> _Sum:
         """Where two times lie in one last interval: the difference of what lies before them."""
         w, size = second.w - first.w, second.size - first.size
         inside = _Sum(w, second.j - first.j - first.w * size, size)
         return _Sum(*(torch.where(parted > 0, x, y) for x, y in zip(self, inside, strict=True)))
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A path on an interval: W, H and the length."""
 
     w: Tensor
@@ -151,15 +151,26 @@ class _Piece(NamedTuple):
 
     @property
     def j(self) -> Tensor:
+        """The integral of the path from the interval's start."""
         return self.size * (self.h + 0.5 * self.w)
 
-    def some(self, points: slice) -> _Piece:
-        return _Piece(self.w[points], self.h[points], self.size[points])
+    def some(self, points: slice) -> Piece:
+        """Those of some of the points."""
+        return Piece(self.w[points], self.h[points], self.size[points])
 
     def sum(self) -> _Sum:
+        """The same as a sum to add to."""
         return _Sum(self.w, self.j, self.size)
 
-    def divided(self, part: Tensor, x: Tensor, y: Tensor) -> tuple[_Piece, _Piece]:
+    def halved(self, x: Tensor, y: Tensor) -> tuple[Piece, Piece]:
+        """Its halves; x and y are standard normal. See `Way.noise`."""
+        z, n = x * (0.25 * math.sqrt(self.size)), y * (math.sqrt(self.size / 48))
+        w = torch.add(z, self.w, alpha=0.5).add_(self.h, alpha=1.5)
+        middle = torch.sub(0.25 * self.h, z, alpha=0.5)
+        half = 0.5 * self.size
+        return Piece(w, middle + n, half), Piece(self.w - w, middle.sub_(n), half)
+
+    def divided(self, part: Tensor, x: Tensor, y: Tensor) -> tuple[Piece, Piece]:
         """The parts before and after a point inside.
 
         With a and b = 1 - a the parts, the pair (W, H) of the whole is two of four orthonormal combinations of W and H
@@ -175,4 +186,4 @@ class _Piece(NamedTuple):
         along = bend - p / q * x
         before = root * (a / 12).sqrt() * (a**1.5 * along + b**1.5 / q * y)
         after = root * (b / 12).sqrt() * (b**1.5 * along - a**1.5 / q * y)
-        return _Piece(w, before, a * self.size), _Piece(self.w - w, after, b * self.size)
+        return Piece(w, before, a * self.size), Piece(self.w - w, after, b * self.size)

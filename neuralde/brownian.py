@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .bisection import Noise, Way
+from .descent import Known
 from .hashing import GOLDEN, mix, normals, signed
 
 _LEVELS = {torch.float32: 24, torch.float64: 32}  # of bisection below a cell: float32 has no finer times
@@ -155,6 +156,7 @@ class Tree:
         self.keys = mix(mix(index * GOLDEN + start)[:, None] + motion)
         self._known: list[tuple[Tensor, Tensor]] = []  # of the last point: counters and numbers, level by level
         self._part: tuple[Tensor, Tree] | None = None
+        self._descent: Known | None = None
 
     def on(self, rows: Tensor | None) -> Tree:
         """See `Paths.on`."""
@@ -163,7 +165,7 @@ class Tree:
         if self._part is not None and self._part[0] is rows:
             return self._part[1]
         part = copy.copy(self)
-        part._known, part._part = [], None
+        part._known, part._part, part._descent = [], None, None
         part.index, part.keys = self.index[rows], self.keys[rows]
         part.sign = None if self.sign is None else self.sign[rows]
         if len(self.cell) > 1:
@@ -179,10 +181,19 @@ class Tree:
     @torch.no_grad()
     def between(self, times: Tensor) -> list[Noise]:
         """See `Paths.between`."""
-        way = Way(times.double() / self.cell, self.levels)
-        found = way.noise(self._normals, self.dtype)
+        times = times.double() / self.cell
+        if times.shape[1] == 1 and len(times) <= 3 and times.device.type == "cpu":
+            # One step for all samples: its way down is mostly that of the last one.
+            self._descent = self._descent or Known(self._pairs, self.levels)
+            points = times[:, 0].tolist()
+            found = [self._descent.between(start, end) for start, end in itertools.pairwise(points)]
+        else:
+            found = Way(times, self.levels).noise(self._normals, self.dtype)
         scale = self.scale if self.sign is None else self.scale * self.sign
         return [Noise(w * scale, h * scale) for w, h in found]
+
+    def _pairs(self, counters: Tensor) -> Tensor:
+        return normals(self.keys + counters[:, None, None], self.dtype)
 
     def _normals(self, counters: Tensor) -> list[list[Tensor]]:
         """Pairs of standard normal numbers by point and by number, each [2, samples, channels].
