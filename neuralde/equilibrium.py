@@ -12,6 +12,7 @@ from .graph import without_gradient
 from .outputs import Outputs
 from .problem import Problem
 from .solution import Solution, Steps
+from .termination import kept
 
 _CONSTANT = (
     "the residuals of an iteration, and their ratios, are constants to gradients; penalize the steady state itself by "
@@ -89,6 +90,11 @@ class Equilibrium(Solution):
     def steps(self) -> Descent:
         """The accepted steps."""
         return Descent(self._problem, self._outcome, self._z0)
+
+    @property
+    def usable(self) -> Tensor:
+        """Which samples ended with a state that means something, and has a gradient, [batch] bool."""
+        return kept(self.status)
 
     @property
     def depth(self) -> Tensor:

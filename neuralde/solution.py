@@ -183,6 +183,11 @@ class Solution:
         """Which samples reached the end, [batch] bool."""
         return self.status == Status.SUCCESS
 
+    @property
+    def usable(self) -> Tensor:
+        """Which samples ended with a state that means something, [batch] bool: here, those that converged."""
+        return self.converged
+
     @functools.cached_property
     def t_end(self) -> Tensor:
         """Where each sample's solve ended, [batch]: at t1, at its terminal event, or where it failed. A constant."""

@@ -106,12 +106,13 @@ class Regularizer(nn.Module, abc.ABC):
             )
         if isinstance(solution, Skipped):
             return solution.zero
-        converged = solution.converged
-        if bool(converged.all()):
+        # A penalty that is to bring steady states about is wanted most where they were not reached.
+        counted = solution.usable if self.of_steady else solution.converged
+        if bool(counted.all()):
             return self.figure(solution).mean()
-        if not bool(converged.any()):
+        if not bool(counted.any()):
             return torch.zeros((), dtype=solution.ts.dtype, device=solution.ts.device)
-        return self.figure(solution)[converged].mean()
+        return self.figure(solution)[counted].mean()
 
     def extra_repr(self) -> str:
         """The weight as it is now."""

@@ -311,6 +311,23 @@ def test_penalties(penalty, solver):
         assert float(value().detach()) < float(before.detach())
 
 
+@pytest.mark.parametrize("penalty", [n for n, cls in reg.REGULARIZERS.items() if cls.of_steady])
+def test_penalties_count_where_the_steps_ran_out(penalty):
+    """There they are wanted most; samples that got lost are left out."""
+    f = Block(scale=0.9).double()
+    layer = nde.DeepEquilibrium(f, solver="fixed_point", max_steps=3, rtol=1e-9, on_failure="ignore")
+    x = inputs(torch.float64)
+    layer(x)
+    assert not bool(layer.solution.converged.any()) and bool(layer.solution.usable.all())
+    penalty = reg.REGULARIZERS[penalty]()
+    value = penalty(layer)
+    value.backward()
+    assert float(value.detach()) > 0 and bool(f.w.weight.grad.any())
+    layer(torch.cat([x[:2], torch.full_like(x[:1], float("nan"))]))
+    assert layer.solution.usable.tolist() == [True, True, False]
+    assert float(penalty(layer).detach()) > 0
+
+
 def test_the_jacobian_is_estimated_without_bias():
     f, x = Block(scale=0.9).double(), inputs(torch.float64)
     layer = nde.DeepEquilibrium(f, solver="newton", rtol=1e-10)
