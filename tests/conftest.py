@@ -23,6 +23,10 @@ def _seeded(_one_thread):
 # The continuous adjoints share their backward solve: in the ordinary run "backsolve" stands for them in the tests over
 # all adjoints, and their own tests (test_continuous_adjoints.py) have all of them.
 _LIKE_BACKSOLVE = ("interpolating", "quadrature")
+# Explicit methods with fixed steps are one class with other numbers: in tests over solvers and something else, "euler"
+# and "rk4" stand for them, but where the numbers are what is tested.
+_LIKE_RK4 = ("midpoint", "heun", "ralston", "heun3", "rk4_38")
+_NUMBERS = ("test_orders.py", "test_gradients.py", "test_stiffness.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -34,8 +38,10 @@ def pytest_collection_modifyitems(items):
         for item in _every_other(combinations):
             item.add_marker(pytest.mark.slow)
         for item in combinations:
-            alike = item.callspec.params.get("adjoint") in _LIKE_BACKSOLVE
-            if alike and item.path.name != "test_continuous_adjoints.py":
+            given, where = item.callspec.params, item.path.name
+            if given.get("adjoint") in _LIKE_BACKSOLVE and where != "test_continuous_adjoints.py":
+                item.add_marker(pytest.mark.slow)
+            if given.get("solver") in _LIKE_RK4 and len(given) > 1 and where not in _NUMBERS:
                 item.add_marker(pytest.mark.slow)
 
 

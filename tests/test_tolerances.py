@@ -315,7 +315,7 @@ def test_wrong_tolerances(name):
             solve(double(1e-3, bad))
     with refused(TypeError, name, "complex"):
         solve(torch.full((2,), 1e-3 + 0j))
-    for wrong in ("1e-3", [1e-3], True):
+    for wrong in ("1e-3", object(), True):
         with refused(TypeError, name):
             solve(wrong)
     with refused(ValueError, name, "structure"):
