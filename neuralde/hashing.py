@@ -41,7 +41,9 @@ def normals(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     By the Box-Muller transform: the halves of their hashes are a radius and an angle.
     """
     halves = mix_in_place(numbers).view(torch.int32).unflatten(-1, (-1, 2)).to(dtype)
-    radius = halves[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-33).log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
+    # In float32 the least of the halves, and those next to it, are rounded to 0, whose logarithm is infinite.
+    uniform = halves[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-33).clamp_(min=2.0**-33)
+    radius = uniform.log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
     angle = halves[..., 1] * (2.0 * math.pi * 2.0**-32)
     pair = torch.empty(2, *angle.shape, dtype=dtype, device=angle.device)
     torch.cos(angle, out=pair[0])

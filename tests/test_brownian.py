@@ -192,3 +192,15 @@ def test_the_same_paths_on_a_gpu():
     for x, y in zip(here, there, strict=True):
         torch.testing.assert_close(x.w, y.w.cpu(), rtol=0, atol=1e-13)
         torch.testing.assert_close(x.h, y.h.cpu(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_hash_makes_an_infinite_number(monkeypatch, dtype):
+    """One in 2²⁶ of them did in float32: its radius was the logarithm of a number that was rounded to 0."""
+    from neuralde import hashing
+
+    monkeypatch.setattr(hashing, "mix_in_place", lambda x: x)
+    ends = [2**31, 2**31 + 1, 2**31 + 60, 2**31 - 1, 0, 2**32 - 1]  # of the half that is the radius
+    found = hashing.normals(torch.tensor(ends), dtype)
+    assert found.dtype == dtype and bool(found.isfinite().all())
+    assert 5.5 < float(found.norm(dim=0).max()) <= (2 * 33 * math.log(2)) ** 0.5 + 1e-6
