@@ -9,8 +9,6 @@ can be compared with the papers'.
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +20,11 @@ from common import parser, write
 from torch import Tensor, nn
 
 import neuralde as nde
+from neuralde.experiments.data import mnist
 
 TOLERANCE, BATCH, CLASSES = 1.4e-8, 512, 10
 FIGURES = ("NFE", "accepted", "rejected", "accuracy %")
 SOLVED = "solved"
-SHA256 = "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"  # of the uncompressed training images
 # NFE of the vanilla Neural ODE, and after what.
 PAPERS = {
     "tanh": ("253.0 ± 3.5", "thesis Table 5.1, after 75 epochs of Momentum"),
@@ -52,23 +50,9 @@ def random_digits(device: str) -> Digits:
 
 
 def real_digits(folder: Path, device: str) -> Digits:
-    """MNIST from its four idx files.
-
-    Raises:
-        ValueError: the training images are not the original's.
-    """
-
-    def read(name: str, header: int) -> np.ndarray:
-        return np.frombuffer(gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes()), np.uint8, offset=header)
-
-    def part(name: str) -> tuple[Tensor, Tensor]:
-        images = torch.tensor(read(f"{name}-images-idx3", 16)).view(-1, 784).float() / 255
-        return images.to(device), torch.tensor(read(f"{name}-labels-idx1", 8)).long().to(device)
-
-    found = hashlib.sha256(read("train-images-idx3", 0)).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"the training images have SHA-256 {found}, the original's is {SHA256}")
-    return Digits(part("train"), part("t10k"))
+    """MNIST from its four idx files: see `neuralde.experiments.data.mnist`."""
+    split = mnist(folder, device=device)
+    return Digits((split.train_x, split.train_y), (split.test_x, split.test_y))
 
 
 def batches(n: int, device: str) -> Iterator[Tensor]:
