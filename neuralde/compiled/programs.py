@@ -1,0 +1,161 @@
+"""Programs: traced functions with loops in them that Inductor compiles, and what they may be given."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..field import modules
+from ..problem import Problem
+
+
+class Unsupported(Exception):
+    """Why a solve is not compiled."""
+
+
+def warn(f, cause: Exception):
+    """Says why a solve of f is not compiled, once for every cause."""
+    told = known(_TOLD, f, set)
+    if str(cause) not in told:
+        told.add(str(cause))
+        warnings.warn(f"compile=True has no effect: {cause}; this runs as without it", UserWarning, stacklevel=7)
+
+
+_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def known(memory: weakref.WeakKeyDictionary, f, make: Callable):
+    """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once."""
+    try:
+        return memory.setdefault(f.__code__ if isinstance(f, types.FunctionType) else f, make())
+    except TypeError:  # can't be referred to weakly
+        return make()
+
+
+def while_loop(more: Callable, step: Callable, carried: tuple):
+    """Traced: torch's, imported where it is used, for it brings Dynamo."""
+    from torch._higher_order_ops.while_loop import while_loop
+
+    return while_loop(more, step, carried)
+
+
+_NUMBERS = itertools.count()
+
+
+def program(function: Callable) -> Callable:
+    """The function, compiled at its first call.
+
+    Dynamo remembers its work by code objects. Every program has one of its own, so that no two take each other for a
+    variant of themselves.
+    """
+    number = next(_NUMBERS)
+
+    @functools.cache
+    def made():
+        def program(*arguments):
+            return function(*arguments)
+
+        own = program.__code__.replace(co_name=f"neuralde_{number}")
+        program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
+        return torch.compile(program, fullgraph=True, options={"cpp_wrapper": True, **_kept_between_processes()})
+
+    return lambda *arguments: made()(*arguments)
+
+
+def _kept_between_processes() -> dict:
+    """Options under which Inductor's cache on disk takes programs with a `while_loop` in them.
+
+    It skips them otherwise. Its key has the code of a graph and of the graphs inside of it, the loop's among them, with
+    all constants.
+    """
+    from torch._higher_order_ops.while_loop import while_loop_op
+
+    option = "unsafe_marked_cacheable_functions"
+    if option not in torch._inductor.list_options():
+        return {}
+    return {option: {f"{while_loop_op.__module__}.{while_loop_op.__name__}": torch.__version__}}
+
+
+def first_line(error: Exception) -> str:
+    """What the compiler's error comes down to."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(text[:2])[:300]
+    return f"the compiler failed with {type(error).__name__}" + (f": {said}" if said else "")
+
+
+def leaves_of(args) -> list:
+    """The tensors in args."""
+    return [] if args is None else pytree.tree_leaves(args)
+
+
+def hooks_of(where, prefix: str = "") -> list:
+    """What is called around Modules: Dynamo would not notice a change."""
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return [getattr(where, f"{prefix}_{name}", None) for name in names]
+
+
+class Holder(nn.Module):
+    """A function with the Modules that it uses, whose parameters can be lent to it."""
+
+    def __init__(self, f: Callable, used: Sequence[nn.Module]):
+        super().__init__()
+        self.f, self.used = f, nn.ModuleList(used)
+
+    def forward(self, *arguments):
+        """See `f`."""
+        return self.f(*arguments)
+
+
+def lend(holder: nn.Module, lent: dict[str, Tensor], *arguments):
+    """Calls the Module with these tensors in place of its parameters of these names."""
+    return torch.func.functional_call(holder, lent, arguments)
+
+
+class Lent(NamedTuple):
+    """What wants a gradient beside z0, and how a program is given it.
+
+    Attributes:
+        holder: a Module that calls f. names: of its parameters that want a gradient. wanted: which leaves of args do.
+        tensors: these parameters and leaves.
+    """
+
+    holder: nn.Module
+    names: tuple[str, ...]
+    wanted: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+    @staticmethod
+    def holder_of(f: Callable) -> nn.Module:
+        """f itself, or a Module that has those in it that f uses."""
+        return f if isinstance(f, nn.Module) else Holder(f, modules(f))
+
+    @classmethod
+    def of(cls, problem: Problem, tensors: Sequence[Tensor]) -> Lent:
+        """Finds the tensors in f's parameters and in args.
+
+        Raises:
+            Unsupported: one of them is elsewhere.
+        """
+        f = problem.field.equation.f
+        holder = cls.holder_of(f)
+        own = {id(p): name for name, p in holder.named_parameters()}
+        given = {id(x): i for i, x in enumerate(leaves_of(problem.field.args))}
+        names = [own[id(x)] for x in tensors if id(x) in own]
+        wanted = [given[id(x)] for x in tensors if id(x) in given and id(x) not in own]
+        for x in tensors:
+            if id(x) not in own and id(x) not in given:
+                raise Unsupported(
+                    f"f closes over a tensor of shape {tuple(x.shape)} that wants a gradient and is no parameter of a "
+                    "Module; pass it through args"
+                )
+        order = [x for x in tensors if id(x) in own] + [x for x in tensors if id(x) in given and id(x) not in own]
+        return cls(holder, tuple(names), tuple(wanted), tuple(order))

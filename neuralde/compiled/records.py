@@ -1,0 +1,169 @@
+"""What a program writes down of its attempts, and the trajectory that this makes."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import control as _control
+from ..dense import Dense, Stages
+from ..grid import Record
+from ..problem import Problem
+from ..trajectory import Counts, Trajectory
+
+
+class Log(NamedTuple):
+    """What a program writes down of its attempts: [attempts, ...].
+
+    Attributes:
+        s, h, end: where they started, their size, where they ended, [groups]; times run forward.
+        ok: which were accepted, [groups]. figures: of `control.Judge`, [1 to 3, groups]; 0 where nothing is reported.
+        z: where they started, [batch, features].
+        stages: a closed step's snapshot, [rows, batch, features]; None where they are not wanted.
+    """
+
+    s: Tensor
+    h: Tensor
+    end: Tensor
+    ok: Tensor
+    figures: Tensor
+    z: Tensor
+    stages: Tensor | None = None
+
+    def given(self) -> list[Tensor]:
+        """The tensors that are there."""
+        return [x for x in self if x is not None]
+
+
+class Stand(NamedTuple):
+    """Where the samples stand: all [groups], but for z and slope, [batch, features]."""
+
+    s: Tensor
+    h: Tensor
+    z: Tensor
+    slope: Tensor
+    previous: Tensor
+    live: Tensor
+    failed: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+class Ran(Trajectory):
+    """A trajectory that a program found: a success, put together from its logs.
+
+    Attributes:
+        logs: pairs (attempts made, `Log`). extra: evaluations of f beside those of the attempts.
+    """
+
+    def __init__(self, problem: Problem, z0: Tensor, stand: Stand, logs: list[tuple[int, Log]], extra: int):
+        self.problem, self.logs, self._z0, self._stand, self._extra = problem, logs, z0, stand, extra
+        self.final, self.hits, self.slope = stand.z, None, None
+        self.status, self.complete, self._held = torch.zeros_like(stand.accepted), True, None
+
+    @functools.cached_property
+    def reached(self) -> Tensor:  # noqa: D102
+        return self.problem.end
+
+    @functools.cached_property
+    def records(self) -> list[Record]:  # noqa: D102
+        direction, joint, solver = self.problem.span.sign(), self.problem.joint, self.problem.solver
+        silent, found = solver.error_order is None and not solver.reports_stiffness, []
+        for made, log in self.logs:
+            everyone = log.ok[:made].all(dim=1).tolist()
+            t, dt, end = (x[:made] * direction for x in (log.s, log.h, log.end))
+            ends = end[:, 0].tolist() if joint else end
+            for j in range(made):
+                if everyone[j] or not joint:
+                    accepted = None if everyone[j] else log.ok[j]
+                    figures, stages = None if silent else log.figures[j], None if log.stages is None else log.stages[j]
+                    place = t[j], dt[j], ends[j]
+                    found.append(Record(0, None, accepted, *place, log.z[j], None, figures, snapshot=stages))
+        return found
+
+    @functools.cached_property
+    def used(self) -> list[int]:
+        """Where in the logs the attempts are that have a record."""
+        long = len(self.logs[0][1].s)
+        rows = [(i * long + j, log.ok[j]) for i, (made, log) in enumerate(self.logs) for j in range(made)]
+        return [i for i, ok in rows if not self.problem.joint or bool(ok)]
+
+    @functools.cached_property
+    def interior(self) -> Tensor | None:  # noqa: D102
+        return None if self.problem.interior is None else self._inside(Stages.of(self).snapshots)
+
+    def _inside(self, snapshots: Tensor) -> Tensor:
+        """The interior outputs from the stages of the accepted steps, [rows, all accepted, features]."""
+        p = self.problem
+        kept = Stages(snapshots, [len(snapshots)])
+        return Dense(p, self.grid, self.grid.states, kept).at(*self.grid.locate(p.interior, p.span.sign()))
+
+    def marks(self, interior: Tensor | None, states: Tensor | None) -> Tensor | None:
+        """The gradient by the snapshots, [rows of all logs, snapshot's rows, batch, features], from those by what is
+        made of them; only their first row, which is the state, from `states` alone. None without any.
+        """
+        marks = None if states is None else states[:, None]
+        if interior is not None:
+            with torch.enable_grad():
+                snapshots = Stages.of(self).snapshots.requires_grad_()
+                (by,) = torch.autograd.grad(self._inside(snapshots), snapshots, interior)
+            marks = by.movedim(0, 1)
+            if states is not None:
+                marks[:, 0] += states
+        if marks is None:
+            return None
+        batch, logged = len(self._z0), sum(len(log.s) for _, log in self.logs)
+        everyone = torch.arange(batch)
+        where = self.grid.gather([everyone + i * batch for i in self.used], everyone)
+        spread = marks.new_zeros(logged * batch, *marks.shape[1:]).index_copy(0, where, marks)
+        return spread.view(logged, batch, *marks.shape[1:]).movedim(1, 2).contiguous()
+
+    @property
+    def figures(self) -> Tensor:
+        """What the programs logged of errors and stiffness, [rows of all logs, 1 to 3, groups]."""
+        return self.logs[0][1].figures if len(self.logs) == 1 else torch.cat([log.figures for _, log in self.logs])
+
+    def stand_in(self) -> Tensor:
+        """What stands for the states among the outputs of an autograd function: their shape without memory."""
+        taken = int(self._stand.accepted.expand(len(self._z0)).sum())
+        return self.final.new_zeros(1, 1).expand(taken, self.final.shape[1])
+
+    def reported(self, figures: Tensor, which: int) -> Tensor:
+        """The error (0) or the stiffness (1) in `figures`, of accepted steps in the grid's order. Differentiable."""
+        return self._of_steps(_control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[which])
+
+    def integral(self, figures: Tensor, name: str) -> Tensor:
+        """Σ_j figure_j·|Δt_j|, [batch], of the "error" or the "stiffness" in `figures`. Differentiable."""
+        value = _control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[name == "stiffness"]
+        # Rejected attempts, and rows that no attempt has filled, may hold anything.
+        taken = torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
+        return torch.where(taken, value * self._sizes, 0.0).sum(dim=0).expand(len(self._z0))
+
+    def of_steps(self, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients by error and stiffness, in the grid's order, from that by `figures`; None without one."""
+        if cotangent is None:
+            return None, None
+        solver = self.problem.solver
+        error = None if solver.error_order is None else self._of_steps(cotangent[:, 0])
+        if not solver.reports_stiffness:
+            return error, None
+        # The stiffness is the last figure but one over the last one and the step size.
+        return error, self._of_steps(cotangent[:, -2] * self.figures[:, -1] * self._sizes)
+
+    @functools.cached_property
+    def _sizes(self) -> Tensor:
+        return torch.cat([log.h for _, log in self.logs])
+
+    def _of_steps(self, values: Tensor) -> Tensor:
+        return self.grid.gather([values[i] for i in self.used], self.problem.start)
+
+    @functools.cached_property
+    def counts(self) -> Counts:  # noqa: D102
+        solver, stand = self.problem.solver, self._stand
+        nfe = (stand.accepted + stand.rejected) * solver.calls_per_step + self._extra
+        none = torch.zeros_like(stand.accepted)
+        every = (stand.accepted, stand.rejected, nfe.clamp(min=1), none, none, none)
+        return Counts(*(x.expand(len(self._z0)) for x in every))
