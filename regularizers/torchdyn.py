@@ -112,7 +112,8 @@ class _Eye:
         solver: what steps. drawn: of `draws`.
 
     Attributes:
-        passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve.
+        passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve. The
+            state of each is (x, the slope there or None), and the slopes of its stages where the solver shows them.
         at: a time drawn uniformly on the horizon, [], likewise.
         f, args: what is stepped.
     """
@@ -140,11 +141,12 @@ class _Eye:
 
     def step(self, f, x, t, dt, k1=None, args=None):
         """The solver's."""
+        made = self._solver.step(f, x, t, dt, k1=k1, args=args)
         if self._open:
             if self._attempt is not None and self._attempt[0] is not t:  # a rejected one is repeated from the same t
                 self.passing.add(*self._attempt)
-            self._attempt, self.f, self.args = (t, (x, k1), dt), f, args
-        return self._solver.step(f, x, t, dt, k1=k1, args=args)
+            self._attempt, self.f, self.args = (t, (x, k1, *made[3:]), dt), f, args
+        return made
 
     def close(self):
         """The solve is over: the last attempt was accepted, and what a backward pass makes is not looked at."""
@@ -188,31 +190,33 @@ class _Solve:
         return x if through else pytree.tree_map(torch.detach, x)
 
     def _inside(self, start: tuple, through: bool):
-        """The state inside of a step: torchdyn has it by a shorter step, as at its output times."""
-        t, (x, k1), _ = start
-        x, k1 = self._constant(x, through), k1 if through or k1 is None else k1.detach()
-        part = (self.at - t.detach()).reshape(t.shape)
+        """The state inside of a step, by the interpolant of its method, or by a shorter step, torchdyn's own way."""
+        t, (x, k1, *stages), dt = start
+        x, part = self._constant(x, through), (self.at - t.detach()).reshape(t.shape)
         if not bool(part > 0):
             return x
+        tableau = getattr(_SOLVERS.get(type(self.solver).__name__), "tableau", None)
+        if stages and tableau is not None and tableau.interpolant is not None:
+            dt = float(dt)
+            theta = float(part) / dt
+            for row, slope in zip(tableau.interpolant, stages[0], strict=True):
+                weight = sum(rate * theta**power for power, rate in enumerate(row, start=1))
+                x = torch.add(x, slope if through else slope.detach(), alpha=dt * weight)
+            return x
+        k1 = k1 if through or k1 is None else k1.detach()
         with torch.set_grad_enabled(through and torch.is_grad_enabled()), _as_left(self.left):
             return self.solver.step(self.f, x, t.detach(), part, k1=k1, args=self.args)[1]
+
+    def _field(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.layer.vf(t.reshape(self.passing.around[0].shape), z)
 
     def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
         if solver is None:
             own = method_of(self.solver)
             solver = own if able(own) else "tsit5"
-        shape, vf = self.passing.around[0].shape, self.layer.vf
+        how = {"solver": solver, "rtol": self.rtol, "atol": self.atol, "control": "joint"}
         with _as_left(self.left):
-            return nde.probe(
-                lambda t, z: vf(t.reshape(shape), z),
-                place.t,
-                z,
-                place.dt,
-                solver=solver,
-                rtol=self.rtol,
-                atol=self.atol,
-                control="joint",
-            )
+            return nde.probe(self._field, place.t, z, place.dt, **how)
 
 
 @contextlib.contextmanager
