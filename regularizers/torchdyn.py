@@ -166,7 +166,7 @@ class _Solve:
         self.layer, self.solver, self.taped = layer, solver, taped
         self.f, self.args, self.passing, self.at = eye.f, eye.args, eye.passing, eye.at
         self.direction = 1 if eye.f is layer.vf else -1
-        self.left = [(m, name, getattr(m, name)) for m in layer.vf.modules() for name in _LEFT if hasattr(m, name)]
+        self.left = [(m, name, vars(m)[name]) for m in layer.vf.modules() for name in _LEFT if name in vars(m)]
         self.rtol, self.atol = float(layer.rtol), float(layer.atol)
 
     def recorded(self, like: Tensor) -> Recorded:
