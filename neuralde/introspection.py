@@ -33,7 +33,7 @@ from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
 from .stability import Anchored, contraction, end, spectral_radius
-from .state import Layout
+from .state import Layout, all_finite
 from .stochastic import Driven, NoisyField, source
 
 __all__ = ["Probe", "contraction", "measure", "probe", "probe_last", "probe_solution", "replay", "spectral_radius"]
@@ -108,7 +108,7 @@ def probe(
         if not isinstance(x, numbers.Real | Tensor):
             raise TypeError(f"{name} must be a number or a tensor, got {type(x).__name__}")
         x = torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device)
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise ValueError(f"{name} must be finite, got {x.tolist()}")
         if x.dim() > 1 or (x.dim() == 1 and len(x) not in (1, groups)):
             raise ValueError(f"{name} must be a number{'' if joint else f' or [batch] = [{groups}]'}, got {x.shape}")

@@ -53,6 +53,8 @@ def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
     for layer, forward, trajectory in made:  # all or none
         # Attributes of the object go before those of its class, and are copied and pickled with it.
         layer.forward, layer.trajectory, layer.solution = forward, trajectory, None
+        if not isinstance(forward, _WatchedSDE):
+            layer.draw_times = getattr(layer, "draw_times", None)  # see `Steer`
     return bool(made)
 
 
@@ -77,16 +79,31 @@ class _Call:
         """What the layer's class does."""
         return getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
 
+    def times(self, t_span: Tensor | None, save_at) -> Tensor | None:
+        """A NeuralODE's t_span, or what `Steer` draws in its place in training mode."""
+        layer = self.layer
+        if not layer.training or layer.draw_times is None:
+            return t_span
+        if len(save_at):
+            raise ValueError(
+                "Steer draws the times of a solve in training mode, and save_at names some of those that it had: leave "
+                "save_at out, and take the rows of the result"
+            )
+        if t_span is None:
+            t_span = torch.linspace(0, 1, 2) if layer.t_span is None else layer.t_span  # torchdyn's default
+        return layer.draw_times(t_span)
+
 
 class _Watched(_Call):
     """forward or trajectory of a NeuralODE, watched."""
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x, t_span=None, *args, **kwargs):
         layer = self.layer
         layer.solution = None  # lets go of the last call's graph before this one's is built
         like = pytree.tree_leaves(x)[0]
+        t_span = self.times(t_span, args[0] if args else kwargs.get("save_at", ()))
         if not wanted(layer):
-            result = self.original(x, *args, **kwargs)
+            result = self.original(x, t_span, *args, **kwargs)
             layer.solution = keep(Skipped("torchdyn's NeuralODE", like))
             return result
         eye = _Eye(layer.solver, draws())
@@ -94,7 +111,7 @@ class _Watched(_Call):
         # Found before the registered Module of that name; another layer that shares the solver does not see it.
         layer.__dict__["solver"] = eye
         try:
-            result = self.original(x, *args, **kwargs)
+            result = self.original(x, t_span, *args, **kwargs)
         finally:
             del layer.__dict__["solver"]
             if own is not None:
@@ -277,7 +294,7 @@ class _Swapped(_Call):
         """As the layer's method; neither of torchdyn's and our steps has a use for args."""
         layer = self.layer
         layer.solution = None
-        x, t_span = layer._prep_integration(x, t_span)
+        x, t_span = layer._prep_integration(x, self.times(t_span, save_at))
         t_span = t_span.to(pytree.tree_leaves(x)[0].device)
         solution = nde.solve(nde.ODE(layer.vf), x, t_span, **self._how(t_span.detach()))
         solution.__class__ = _Last
