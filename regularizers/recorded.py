@@ -73,6 +73,11 @@ def wanted(f) -> bool:
     return torch.is_grad_enabled() and (f.training if isinstance(f, nn.Module) else True)
 
 
+def able(solver, figure: str | None) -> bool:
+    """Whether a step of a solver has the figure "error" or "stiffness"."""
+    return figure is None or (solver.reports_stiffness if figure == "stiffness" else solver.error_order is not None)
+
+
 @dataclass(frozen=True)
 class Place:
     """A sampled point of a solve.
@@ -93,8 +98,8 @@ class Recorded:
     Args:
         source: who made it, for messages.
         places: the sampled point for each sampling, or why there is none.
-        lens: lens(place, z, solver, able) -> the `Probe` from there, by that solver, or by the one that corresponds to
-            the library's method where it is able(solver).
+        lens: lens(place, z, solver, figure) -> the `Probe` from there, by that solver, or by the one that corresponds
+            to the library's method where it has that figure (see `able`).
         like: a tensor of the state.
 
     Attributes:
@@ -125,15 +130,14 @@ class Recorded:
             raise ValueError(f"sampling={sampling!r} can't be had of {self.source}: {place}")
         return place
 
-    def probe(
-        self, sampling: str, through_state: bool = False, solver=None, able: Callable = lambda solver: True
-    ) -> Probe:
+    def probe(self, sampling: str, through_state: bool = False, solver=None, figure: str | None = None) -> Probe:
         """The step under the lens, from the point that was sampled. See `neuralde.introspection.Probe`.
 
         Args:
             sampling: of `place`. through_state: whether gradients flow into the state there.
             solver: another method than the one that corresponds to the library's.
-            able: which solvers will do; tsit5 steps in for one that won't.
+            figure: "error" or "stiffness", the only one that is wanted: tsit5 steps in for a method without it. None:
+                those that the method has.
 
         Raises:
             ValueError: this solve has no such point, or no tape at it.
@@ -149,7 +153,7 @@ class Recorded:
                 z = self._states[sampling]
             if not all(map(all_finite, pytree.tree_leaves(z))):
                 raise NonFiniteState(f"the solution of {self.source} is not finite at t = {float(place.t):.6g}")
-            return self._lens(place, z, solver, able)
+            return self._lens(place, z, solver, figure)
 
     def _as_it_was(self) -> contextlib.AbstractContextManager:
         """f is evaluated as it was in the solve, wherever the penalty is taken."""

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import neuralde as nde
+from neuralde import introspection
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 
-from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
 
@@ -250,15 +251,19 @@ class _Solve:
             )
         return pytree.tree_map(lambda y: y[1], ys)
 
-    def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
+    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
         if solver is None:
-            solver = self.solver if self.solver is not None and able(self.solver) else "tsit5"
-        how = {"solver": solver, **self.tolerances, "t1": None if place.dt is not None else self.t.detach()[-1]}
-        if self._plain(z, nde.solvers.get(solver)):
-            found = nde.probe(self._field, place.t, z, place.dt, control="joint", **how)
+            solver = self.solver if self.solver is not None and able(self.solver, figure) else "tsit5"
+        solver = nde.solvers.get(solver)
+        if place.dt is not None and self._plain(z, solver):
+            found = introspection.probe_step(
+                self._field, place.t, z, place.dt, solver, **self.tolerances, figure=figure
+            )
             figures = {name: getattr(found, name) for name in ("error", "raw_error", "stiffness")}
             return dataclasses.replace(found, **{name: x if x is None else x[:1] for name, x in figures.items()})
-        return interop.probe(self.func, place.t, z, place.dt, method=self.method, options=self.options, **how)
+        how = {"method": self.method, "options": self.options, **self.tolerances}
+        ends = {"dt": place.dt, "t1": None if place.dt is not None else self.t.detach()[-1]}
+        return interop.probe(self.func, place.t, z, solver=solver, **how, **ends)
 
     def _plain(self, z, solver: nde.solvers.Solver) -> bool:
         """Whether the state can be a batch, with one step and one norm, which is quicker than to be one sample."""

@@ -10,19 +10,19 @@ import contextlib
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import neuralde as nde
-from neuralde import solvers
+from neuralde import introspection, solvers
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 from neuralde.solvers import Solver
 
-from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
 _SOLVERS = {
@@ -227,13 +227,11 @@ class _Solve:
     def _field(self, t: Tensor, z: Tensor) -> Tensor:
         return self.layer.vf(t.reshape(self.passing.around[0].shape), z)
 
-    def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
-        if solver is None:
-            own = method_of(self.solver)
-            solver = own if able(own) else "tsit5"
-        how = {"solver": solver, "rtol": self.rtol, "atol": self.atol, "control": "joint"}
+    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
+        own = method_of(self.solver) if solver is None else solvers.get(solver)
+        own = own if solver is not None or able(own, figure) else solvers.get("tsit5")
         with _as_left(self.left):
-            return nde.probe(self._field, place.t, z, place.dt, **how)
+            return introspection.probe_step(self._field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
 
 
 @contextlib.contextmanager
