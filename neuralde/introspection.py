@@ -33,7 +33,7 @@ from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
 from .stability import Anchored, contraction, end, spectral_radius
-from .state import Layout
+from .state import Layout, all_finite
 from .stochastic import Driven, NoisyField, source
 
 __all__ = ["Probe", "contraction", "measure", "probe", "probe_last", "probe_solution", "replay", "spectral_radius"]
@@ -108,7 +108,7 @@ def probe(
         if not isinstance(x, numbers.Real | Tensor):
             raise TypeError(f"{name} must be a number or a tensor, got {type(x).__name__}")
         x = torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device)
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise ValueError(f"{name} must be finite, got {x.tolist()}")
         if x.dim() > 1 or (x.dim() == 1 and len(x) not in (1, groups)):
             raise ValueError(f"{name} must be a number{'' if joint else f' or [batch] = [{groups}]'}, got {x.shape}")
@@ -139,6 +139,33 @@ def probe(
     flat = layout.pack_start(z)
     slope = problem.field.first(t, flat, t + 1.0)
     return _look(problem, t, flat, slope, dt)
+
+
+def probe_step(
+    f: Callable, t: Tensor, z, dt: Tensor, solver: Solver, rtol: float, atol: float, figure: str | None = None
+) -> Probe:
+    """`probe` of a step that another library made, under joint control, without the checks that this has made needless.
+
+    Args:
+        f, z, solver, rtol, atol: of `probe`.
+        t, dt: tensors with one number.
+        figure: "error" or "stiffness": take that one alone, and leave the other one None.
+    """
+    layout = Layout.of(z)
+    t, dt = (x.detach().to(layout.time_dtype).reshape(1) for x in (t, dt))
+    field = Field(ODE(f), layout, None, True, solver.linearizes)
+    problem = Problem(
+        field=field,
+        solver=solver,
+        control=_control.get("joint"),
+        times=torch.stack([t, t + dt]),
+        norm=_control.Norm(rtol, atol, True),
+        dt0=None,
+        max_steps=1,
+        keep_stages=False,
+    )
+    flat = layout.pack(z).to(layout.work_dtype)
+    return _look(problem, t, flat, field.first(t, flat, t + dt), dt, figure)
 
 
 def _noise_span(dt: Tensor | None, span: Tensor | None) -> Tensor:
@@ -284,8 +311,11 @@ def _look_at(problem: Problem, t: Tensor, z: Tensor, which: Tensor) -> Probe:
     return Probe(solver=found.solver, **pytree.tree_map_only(Tensor, spread, values))
 
 
-def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
-    """The step from (t, z), where f is slope. All [samples] or [1] under joint control."""
+def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None, figure: str | None = None) -> Probe:
+    """The step from (t, z), where f is slope; with the figure "error" or "stiffness" alone, or both.
+
+    All [samples] or [1] under joint control.
+    """
     p, solver, batch = problem, problem.solver, len(z)
     with full_precision(z.device):
         if dt is None:
@@ -297,12 +327,13 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
         if p.noisy:
             f = Driven(f, f.diagonal, f.paths.fresh(), t, t + dt)
         step = solver.attempt(f, t, dt, z, slope, solver.memory(z, transforms.recording()))
-        error = raw = None
-        if step.error is not None:
+        error = raw = stiffness = None
+        if step.error is not None and figure != "stiffness":
             error = p.ratio(step.error, z, step.z).expand(batch)
             raw = _control.rms(step.error, p.joint).expand(batch)
-        stiffness = p.stiffness(step, dt)
-        stiffness = None if stiffness is None else stiffness.expand(batch)
+        if figure != "error":
+            stiffness = p.stiffness(step, dt)
+            stiffness = None if stiffness is None else stiffness.expand(batch)
     return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)
 
 

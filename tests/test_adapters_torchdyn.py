@@ -142,6 +142,28 @@ def test_data_control_of_an_earlier_call():
     assert ours.vf.vf.vf[0]._control is control
 
 
+@pytest.mark.parametrize("engine", [None, "neuralde"])
+@pytest.mark.parametrize(("solver", "sensitivity"), [("dopri5", "autograd"), ("tsit5", "adjoint"), ("rk4", "autograd")])
+def test_steer(solver, sensitivity, engine):
+    """In training a layer solves to the times drawn, in eval mode to its own; a penalty beside it is of that solve."""
+    ours, theirs = reg.attach(layer(solver, sensitivity), engine), layer(solver, sensitivity)
+    plain = theirs if engine is None else reg.attach(layer(solver, sensitivity), engine)
+    steer, mirror = (reg.Steer(0.2, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    with refused(ValueError, "attach", "steer.sample"):
+        reg.Steer().prepare(theirs)
+    penalty = (steer + reg.LocalError()).prepare(ours)
+    for span in (SPANS["forwards"], SPANS["backwards"], None):
+        drawn = mirror.sample(torch.linspace(0, 1, 2) if span is None else span)
+        t, zs = ours(start(), span)
+        # torchdyn gives the times of a solve backwards as it counts them.
+        assert torch.equal(t.abs(), drawn) and torch.equal(zs, plain(start(), drawn)[1])
+        assert float(penalty(ours).detach()) > 0
+    with refused(ValueError, "save_at"):
+        ours(start(), SPANS["forwards"], save_at=SPANS["forwards"][1:])
+    t, zs = ours.eval()(start(), SPANS["forwards"])
+    assert torch.equal(t, SPANS["forwards"]) and torch.equal(zs, plain(start(), SPANS["forwards"])[1])
+
+
 def test_models():
     inner = layer(return_t_eval=False)
     model = nn.Sequential(nn.Linear(2, 2).double(), inner, nn.Flatten(0), nn.Unflatten(0, (2, 6, 2)))
