@@ -319,7 +319,7 @@ def _stiff(layer: LayerDiagnosis, crowded: Tensor | None) -> list[Finding]:
         f"{100 * crowded.double().mean().item():.0f} % of the steps use more than half of the method's stability size: "
         "stability limits the step, not accuracy"
     )
-    size = layer.solution._z0.shape[1]
+    size = layer.solution._problem.field.layout.features
     method = (
         'or solver="auto", "rodas5p"'
         if size <= MANY_COMPONENTS

@@ -200,6 +200,7 @@ def _solve(
     _control.check_sizes(*sizes)
     dt0, *bounds = sizes
     solver, control, adjoint = chosen(solver, control, adjoint, dt0, equation)
+    layout = layout if solver.copies == 1 else replace(layout, copies=solver.copies)
     if compile and not adjoint.compiles:
         able = " or ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.compiles)
         compiled.warn(equation.f, compiled.Unsupported(f"adjoint={adjoint.name!r} is not compiled, take {able}"))
