@@ -218,7 +218,7 @@ def _solve(
         times = constant
     brownian = source(*noise, equation, solver, control)
     if noisy:
-        check_noisy(equation, layout, constant, times is not constant, adjoint, events)
+        check_noisy(layout, constant, times is not constant, events)
         field = NoisyField(equation, layout, args, joint, constant[0], constant[-1] - constant[0], brownian)
     else:
         field = Field(equation, layout, args, joint, solver.linearizes)
@@ -265,6 +265,7 @@ def chosen(
     control, adjoint = _control.get(control), adjoints.get(adjoint)
     if isinstance(equation, SDE):
         solver, control = solvers.for_sde(solver, equation, control.adaptive), _control.for_noise(control)
+        adjoint.require_noisy(equation, control)
     else:
         solver = solvers.for_ode(solver)
     if not adjoint.of_horizons:

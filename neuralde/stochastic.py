@@ -257,7 +257,7 @@ def source(seed: int | None, brownian, equation: ODE | SDE, solver, control) -> 
     return brownian
 
 
-def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoint, events) -> None:
+def check_noisy(layout: Layout, times: Tensor, timed: bool, events) -> None:
     """Raises where a solve of an SDE is asked for what it can't do.
 
     Args:
@@ -272,11 +272,6 @@ def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoi
     if events:
         raise ValueError(
             "events are for ODEs: between two steps a path may cross any level unseen; look for them in solution.zs"
-        )
-    if not adjoint.exact:
-        raise ValueError(
-            f"adjoint={adjoint.name!r} solves the adjoint equation of an ODE backwards; for SDEs use 'checkpointed' or "
-            "'direct', whose gradients are exact"
         )
 
 

@@ -1,4 +1,4 @@
-"""SDEs whose solutions along a given Brownian path are known."""
+"""SDEs whose solutions along a given Brownian path are known, and a network."""
 
 from __future__ import annotations
 
@@ -88,6 +88,31 @@ def heisenberg_exact(solution: nde.Solution, sde_type: str, intervals: int = 512
     inner = 0.5 * w[..., 0] * w[..., 1] + area[..., 0] * w[..., 1] - w[..., 0] * area[..., 1]
     end = w.sum(0)
     return torch.stack([1 + end[:, 0], 1 + end[:, 1] + (path[..., 0] * w[..., 1] + inner).sum(0)], dim=1)
+
+
+class Net(torch.nn.Module):
+    """Drift and diffusion with parameters, z and args in them, for every type of noise."""
+
+    def __init__(self, noise="diagonal", features=3):
+        super().__init__()
+        self.noise = noise
+        self.drift = torch.nn.Linear(features, features)
+        self.spread = torch.nn.Parameter(0.3 + 0.2 * torch.rand(features, 2))
+
+    def f(self, t, z, args):
+        return torch.tanh(self.drift(z)) * args + 0.1 * t
+
+    def g(self, t, z, args):
+        if self.noise == "additive":
+            return (self.spread * (1 + 0.3 * t[..., None]) * args.mean()).expand(len(z), -1, -1)
+        base = 0.4 + 0.3 * torch.sin(z) * args
+        if self.noise == "diagonal":
+            return base * self.spread[:, 0]
+        matrix = base[..., None] * self.spread
+        return matrix[..., :1] if self.noise == "scalar" else matrix
+
+    def equation(self, sense="ito"):
+        return nde.SDE(self.f, self.g, self.noise, sense)
 
 
 PROBLEMS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import CONTROLS, EXACT, SDE_SOLVERS, Counted, close, refused
 from scipy import stats
-from sde_problems import PROBLEMS, geometric
+from sde_problems import PROBLEMS, Net, geometric
 
 import neuralde as nde
 import regularizers as reg
@@ -173,31 +173,6 @@ def test_outputs_inside_have_their_own_law():
 
 
 # -- one path, whoever asks --------------------------------------------------------------------------------------------
-
-
-class Net(torch.nn.Module):
-    """Drift and diffusion with parameters, z and args in them, for every type of noise."""
-
-    def __init__(self, noise="diagonal", features=3):
-        super().__init__()
-        self.noise = noise
-        self.drift = torch.nn.Linear(features, features)
-        self.spread = torch.nn.Parameter(0.3 + 0.2 * torch.rand(features, 2))
-
-    def f(self, t, z, args):
-        return torch.tanh(self.drift(z)) * args + 0.1 * t
-
-    def g(self, t, z, args):
-        if self.noise == "additive":
-            return (self.spread * (1 + 0.3 * t[..., None]) * args.mean()).expand(len(z), -1, -1)
-        base = 0.4 + 0.3 * torch.sin(z) * args
-        if self.noise == "diagonal":
-            return base * self.spread[:, 0]
-        matrix = base[..., None] * self.spread
-        return matrix[..., :1] if self.noise == "scalar" else matrix
-
-    def equation(self, sense="ito"):
-        return nde.SDE(self.f, self.g, self.noise, sense)
 
 
 def net(noise="diagonal"):
