@@ -425,6 +425,8 @@ def test_stiffness_is_the_size_of_a_linear_drift():
         solution = nde.solve(equation, z0, (0.0, 1.0), solver=solver, rtol=0.1, atol=0.1, seed=1)
         found = solution.steps.stiffness[solution.steps.mask]
         close(found, torch.full_like(found, 7.0), 1e-9)
+        relative = reg.GlobalStiffness(reduce="mean", times_dt=False, relative=True).figure(solution)
+        close(relative, torch.full_like(relative, 7.0 / {"sosri2": 10.6, "sosra2": 5.3}[solver]), 1e-9)
 
 
 def test_the_error_is_the_reference_s():
@@ -459,6 +461,21 @@ def test_layer():
     layer(x).sum().backward()
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in layer.parameters())
     assert "sosri2" in repr(layer) and "diagonal" in repr(layer)
+
+
+def test_antithetic_trajectories_are_of_one_input():
+    """A linear SDE with additive noise: the mean of two mirrored trajectories is the one without noise."""
+    spread = torch.full((3, 1), 0.4, dtype=torch.float64)
+    layer = nde.NeuralSDE(
+        lambda t, z: -z, lambda t, z: spread.expand(len(z), 3, 1), noise_type="additive",
+        brownian=nde.BrownianTree(None, "antithetic"), rtol=0.1, atol=0.1, control="joint",
+    )  # fmt: skip
+    zs = layer(z_start(3), trajectories=4)
+    means = 0.5 * (zs[:2] + zs[2:])
+    torch.testing.assert_close(means, math.exp(-1.0) * z_start(3).expand(2, 3, 3), rtol=0, atol=1e-3)
+    assert float((zs[0] - zs[1]).abs().min()) > 1e-3
+    with refused(ValueError, "antithetic", "trajectories", "3"):
+        layer(z_start(2), trajectories=3)
 
 
 def test_layer_s_bad_options():
