@@ -88,8 +88,9 @@ def solve(
             `nde.adjoints.Checkpointed(checkpoints=k)`, at k states. "direct", exact ones with everything on the tape:
             the one that torch.func's transforms (jvp, vmap, ...) and forward-mode AD go through; the copies of a sample
             that vmap solves share their steps, the worst one decides. "backsolve", "interpolating", "quadrature": those
-            of an equation solved backwards, to its tolerances. For a steady state: "implicit" and its approximations
-            "neumann", "jfb" and "phantom"; or "direct". See `neuralde.adjoints` for their options.
+            of an equation solved backwards, to its tolerances; of these "backsolve" is for SDEs too. For a steady
+            state: "implicit" and its approximations "neumann", "jfb" and "phantom"; or "direct". See
+            `neuralde.adjoints` for their options.
         args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
         max_steps: attempted steps per sample, rejected ones included.
         dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
