@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import solvers
 from .discover import discover
-from .equations import ODE
+from .equations import Coefficients
 from .errors import Status
 from .field import full_precision
 from .problem import Problem
@@ -222,10 +222,10 @@ def _timed(problem: Problem, z0: Tensor) -> tuple[float, float]:
     """(seconds of a solve, the share of it that f took): the faster of two, since the first one warms up."""
     found = []
     for _ in range(2):
-        timed = _Timed(problem.field.equation.f, z0.device)
-        equation = object.__new__(ODE)  # called as f is, whatever the signature of what stands around it
-        object.__setattr__(equation, "f", timed)
-        object.__setattr__(equation, "takes_time", problem.field.equation.takes_time)
+        equation, f = copy.copy(problem.field.equation), problem.field.equation.f
+        parts = (f.drift, f.diffusion) if problem.noisy else (f,)
+        timed = [_Timed(part, z0.device) for part in parts]
+        object.__setattr__(equation, "f", Coefficients(*timed) if problem.noisy else timed[0])
         field = copy.copy(problem.field)
         field.equation = equation
         began = _now(z0.device)
@@ -233,7 +233,7 @@ def _timed(problem: Problem, z0: Tensor) -> tuple[float, float]:
             p = dataclasses.replace(problem, field=field, compile=False, observer=None)
             discover(p, z0, field.first(p.first_instant, z0, p.end))
         seconds = _now(z0.device) - began
-        found.append((seconds, timed.seconds / seconds))
+        found.append((seconds, sum(part.seconds for part in timed) / seconds))
     return min(found)
 
 
@@ -319,12 +319,13 @@ def _stiff(layer: LayerDiagnosis, crowded: Tensor | None) -> list[Finding]:
         f"{100 * crowded.double().mean().item():.0f} % of the steps use more than half of the method's stability size: "
         "stability limits the step, not accuracy"
     )
-    size = layer.solution._z0.shape[1]
-    method = (
-        'or solver="auto", "rodas5p"'
-        if size <= MANY_COMPONENTS
-        else f"({size} components are many for an implicit method)"
-    )
+    size = layer.solution._problem.field.layout.features
+    if layer.solution._problem.noisy:
+        method = "(no method for SDEs is implicit)"
+    elif size <= MANY_COMPONENTS:
+        method = 'or solver="auto", "rodas5p"'
+    else:
+        method = f"({size} components are many for an implicit method)"
     advice = f"penalize it (reg.GlobalStiffness, reg.LocalStiffness), {method}; a looser tolerance does not help"
     return [Finding("stiff", what, advice)]
 
@@ -332,8 +333,8 @@ def _stiff(layer: LayerDiagnosis, crowded: Tensor | None) -> list[Finding]:
 def _rejections(layer: LayerDiagnosis, closer: Solution) -> list[Finding]:
     b = int(layer.hardest[0])
     accepted, rejected = int(closer.stats.accepted[b]), int(closer.stats.rejected[b])
-    if rejected < REJECTED or rejected < REJECTED_SHARE * (accepted + rejected):
-        return []
+    if rejected < REJECTED or rejected < REJECTED_SHARE * (accepted + rejected) or layer.solution._problem.noisy:
+        return []  # of an SDE, the noise has steps rejected
     what = f"{rejected} of the {accepted + rejected} attempts of sample {b} were rejected"
     jump = find_jump(closer, b)
     if jump is None:

@@ -101,6 +101,7 @@ def probe(
     noisy = isinstance(f, SDE)
     control = _control.get(control)
     solver = solvers.for_sde(solver, f) if noisy else solvers.for_ode(ODE.usual.solver if solver is None else solver)
+    layout = dataclasses.replace(layout, copies=solver.copies)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
@@ -208,7 +209,7 @@ def probe_solution(
     if not bool(solution.converged.any()):
         raise ValueError("every sample of the solution failed, so there is no point to probe from")
     pieces = [
-        _look_at(dataclasses.replace(problem, solver=method), t, z, which & solution.converged)
+        _look_at(*_stepped_with(method, problem, z), t, which & solution.converged)
         for method, which in _methods(solution, t, solver)
     ]
     if len(pieces) == 1:
@@ -220,6 +221,21 @@ def probe_solution(
         for name, x in both.items()
     }
     return Probe(solver=solution.solver, **values)
+
+
+def _stepped_with(solver: Solver, problem: Problem, z: Tensor) -> tuple[Problem, Tensor]:
+    """A problem and a state on its solution for another method, which may step another number of copies of it."""
+    layout = problem.field.layout
+    if solver.copies != layout.copies:
+        field = copy.copy(problem.field)
+        field.layout = dataclasses.replace(layout, copies=solver.copies)
+
+        def copied(x):
+            return field.layout.copied(layout.solution(x)) if isinstance(x, Tensor) else x
+
+        norm = dataclasses.replace(problem.norm, rtol=copied(problem.norm.rtol), atol=copied(problem.norm.atol))
+        z, problem = copied(z), dataclasses.replace(problem, field=field, norm=norm)
+    return dataclasses.replace(problem, solver=solver), z
 
 
 def default_solver(solution: Solution) -> Solver:
@@ -290,7 +306,7 @@ def _known(first: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     return first
 
 
-def _look_at(problem: Problem, t: Tensor, z: Tensor, which: Tensor) -> Probe:
+def _look_at(problem: Problem, z: Tensor, t: Tensor, which: Tensor) -> Probe:
     """`_look` at some of the samples, [batch] bool; NaN for the others, whom f may be unable to handle anywhere."""
     f, rows = problem.field, None
     if not bool(which.all()):
@@ -428,7 +444,11 @@ class _Simpson:
         a, b = (torch.where(self.grid.mask, x, t_end) for x in (a, b))
         self.a, self.b = (torch.minimum(x * direction, t_end * direction) * direction for x in (a, b))
         self.t_end, final = t_end, outcome.final if held is None else held
-        states = self.grid.pad(every_state(self.p, outcome, solution._z0))
+        layout = self.p.field.layout
+        states, final = (
+            layout.solution(self.grid.pad(every_state(self.p, outcome, solution._z0))),
+            layout.solution(final),
+        )
         inside = (self.a != t_end)[..., None]
         self.z = [*torch.where(inside, states, final), final]
 
@@ -501,7 +521,7 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         layout = Layout.of(z0)
         if (layout.shapes, layout.batch, layout.dtype) != (field.layout.shapes, field.layout.batch, field.layout.dtype):
             raise ValueError("z0 must have the structure, shapes and dtype of the solution's own initial state")
-        flat = layout.pack(z0).to(layout.work_dtype)
+        flat = field.layout.copied(layout.pack(z0).to(layout.work_dtype))
     schedule = None
     if trajectory.interior is not None:
         schedule = Schedule(problem, trajectory.grid, trajectory.reached, trajectory.hits)
