@@ -37,6 +37,10 @@ class Work(NamedTuple):
     factorizations: int | Tensor = 0
     linear_solves: int | Tensor = 0
 
+    def of_groups(self, groups: int) -> Work:
+        """The same, where a single group is made of all samples: that of the worst one."""
+        return Work(*(x.amax().reshape(1) if isinstance(x, Tensor) and groups == 1 else x for x in self))
+
 
 class Step(NamedTuple):
     """One attempted step, before anybody judges it.
