@@ -108,8 +108,11 @@ class GlobalStiffness(_Global):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
-        solution.require("stiffness")
-        figure = self._reduced(solution, solution.steps.stiffness)
+        if self.reduce == "sum" and self.times_dt:
+            figure = solution.stiffness
+        else:
+            solution.require("stiffness")
+            figure = self._reduced(solution, solution.steps.stiffness)
         return figure / _stability_size(solution.solver) if self.relative else figure
 
 

@@ -138,9 +138,7 @@ class Ran(Trajectory):
     def integral(self, figures: Tensor, name: str) -> Tensor:
         """Σ_j figure_j·|Δt_j|, [batch], of the "error" or the "stiffness" in `figures`. Differentiable."""
         value = _control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[name == "stiffness"]
-        # Rejected attempts, and rows that no attempt has filled, may hold anything.
-        taken = torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
-        return torch.where(taken, value * self._sizes, 0.0).sum(dim=0).expand(len(self._z0))
+        return torch.where(self._taken, value * self._sizes, 0.0).sum(dim=0).expand(len(self._z0))
 
     def of_steps(self, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The gradients by error and stiffness, in the grid's order, from that by `figures`; None without one."""
@@ -156,6 +154,11 @@ class Ran(Trajectory):
     @functools.cached_property
     def _sizes(self) -> Tensor:
         return torch.cat([log.h for _, log in self.logs])
+
+    @functools.cached_property
+    def _taken(self) -> Tensor:
+        # Rejected attempts, and rows that no attempt has filled, may hold anything.
+        return torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
 
     def _of_steps(self, values: Tensor) -> Tensor:
         return self.grid.gather([values[i] for i in self.used], self.problem.start)
