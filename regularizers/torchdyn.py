@@ -130,7 +130,8 @@ class _Eye:
 
     Attributes:
         passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve. The
-            state of each is (x, the slope there or None), and the slopes of its stages where the solver shows them.
+            state of each is (x, the slope there or None, (t, dt) as they are on the tape), with the slopes of its
+            stages where the solver shows them.
         at: a time drawn uniformly on the horizon, [], likewise.
         f, args: what is stepped.
     """
@@ -162,7 +163,7 @@ class _Eye:
         if self._open:
             if self._attempt is not None and self._attempt[0] is not t:  # a rejected one is repeated from the same t
                 self.passing.add(*self._attempt)
-            self._attempt, self.f, self.args = (t, (x, k1, *made[3:]), dt), f, args
+            self._attempt, self.f, self.args = (t, (x, k1, (t, dt), *made[3:]), dt), f, args
         return made
 
     def close(self):
@@ -208,21 +209,22 @@ class _Solve:
 
     def _inside(self, start: tuple, through: bool):
         """The state inside of a step, by the interpolant of its method, or by a shorter step, torchdyn's own way."""
-        t, (x, k1, *stages), dt = start
-        x, part = self._constant(x, through), (self.at - t.detach()).reshape(t.shape)
+        t, (x, k1, taped, *stages), dt = start
+        # torchdyn's steps are functions of the state: where a step starts moves with it, and the sampled time does not.
+        x, (t, dt) = self._constant(x, through), taped if through else (t, dt)
+        part = (self.at - t).reshape(t.shape)
         if not bool(part > 0):
             return x
         tableau = getattr(_SOLVERS.get(type(self.solver).__name__), "tableau", None)
         if stages and tableau is not None and tableau.interpolant is not None:
-            dt = float(dt)
-            theta = float(part) / dt
+            dt, part = (dt, part) if through else (float(dt), float(part))
             for row, slope in zip(tableau.interpolant, stages[0], strict=True):
-                weight = sum(rate * theta**power for power, rate in enumerate(row, start=1))
-                x = torch.add(x, slope if through else slope.detach(), alpha=dt * weight)
+                weight = dt * sum(rate * (part / dt) ** power for power, rate in enumerate(row, start=1))
+                x = x + weight * slope if through else torch.add(x, slope.detach(), alpha=weight)
             return x
         k1 = k1 if through or k1 is None else k1.detach()
         with torch.set_grad_enabled(through and torch.is_grad_enabled()), _as_left(self.left):
-            return self.solver.step(self.f, x, t.detach(), part, k1=k1, args=self.args)[1]
+            return self.solver.step(self.f, x, t, part, k1=k1, args=self.args)[1]
 
     def _field(self, t: Tensor, z: Tensor) -> Tensor:
         return self.layer.vf(t.reshape(self.passing.around[0].shape), z)

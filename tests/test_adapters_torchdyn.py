@@ -123,6 +123,16 @@ def test_gradients_through_the_state():
     ours(x, SPANS["forwards"])
     whole = reg.LocalError(through_state=True)(ours)
     assert bool(torch.autograd.grad(whole, x, retain_graph=True)[0].any())
+    # The state at a fixed time, whose gradient is that of the solution itself, however the steps move.
+    for solver in SOLVERS[:2]:
+        ours = reg.attach(layer(solver, atol=1e-8, rtol=1e-8))
+        ours(x, SPANS["forwards"])
+        place = ours.solution.place("unbiased")
+        exact = nde.solve(nde.ODE(ours.vf), x, (0.0, float(place.t)), control="joint", rtol=1e-10, atol=1e-10).final
+        found, expected = (torch.autograd.grad(z.sum(), x)[0] for z in (place.state(True), exact))
+        close(found, expected, 1e-5)
+    ours = reg.attach(layer())
+    ours(x, SPANS["forwards"])
     assert torch.autograd.grad(reg.LocalError()(ours), x, allow_unused=True)[0] is None
     ours = reg.attach(layer(sensitivity="adjoint"))
     ours(x, SPANS["forwards"])

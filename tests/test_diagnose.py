@@ -11,8 +11,8 @@ from problems import van_der_pol
 from torch import nn
 
 import neuralde as nde
-from neuralde.diagnose import find_jump
 from neuralde.experiments import cli
+from neuralde.findings import find_jump
 
 
 def ones(batch=3, d=1):
