@@ -16,8 +16,10 @@ def _t(*values):
 
 
 def _along(solution: nde.Solution, times: Tensor) -> list[Noise]:
-    """The noise between consecutive times, asked for one interval after the other: all samples share the way there."""
+    """The noise between consecutive times; of many samples, one interval after the other: they share the way there."""
     paths = solution._problem.field.paths
+    if len(solution.final) < 1000:
+        return paths.between(times[:, None])
     return [paths.between(pair[:, None])[0] for pair in times.unfold(0, 2, 1)]
 
 
