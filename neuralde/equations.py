@@ -212,6 +212,7 @@ class Autonomous:
     f: Callable
 
     def __call__(self, t, z, *args):
+        """f of z."""
         if args:
             raise TypeError("args was given, but a coefficient takes z alone; give it the signature f(t, z, args)")
         return self.f(z)

@@ -29,13 +29,14 @@ class Bridge:
         ticks, part, depth, common = self._places(times)
         x, y = self._numbers(ticks >> depth, None)
         w, h, one = x, y / math.sqrt(12), torch.ones((), dtype=dtype)
-        level, size, w_common, h_common = self._down_together(ticks[:1] >> 0, depth, common, w[:1], h[:1], one)
+        size, *found = self._down_together(ticks[:1], depth, common, w[:1], h[:1], one)
         together = common > 0
-        w, h = torch.where(together, w_common, w), torch.where(together, h_common, h)
-        w, h, size, before, after = self._down_apart(ticks, depth, level, w, h, size)
+        w, h, size = (torch.where(together, new, old) for new, old in zip((*found, size), (w, h, one), strict=True))
+        w, h, size, before, after = self._down_apart(ticks, depth, common, w, h, size)
         parted = (ticks[1:] != ticks[:-1])[..., None].to(dtype)
-        last = Piece(w, h, size)
-        both = self._to_the_times(last, ticks, part[..., None].to(dtype), depth, before, after, parted)
+        # Where times are ends of last intervals, as those of steps that the control chose are, this changes nothing.
+        last, place = Piece(w, h, size.expand(part.shape)[..., None]), part[..., None].to(dtype)
+        both = last.split(place, *self._numbers(ticks, depth), before, after, parted)
         found = both.noise(times.diff(dim=0)[..., None].to(dtype))
         return [Noise(noise.w * self.scale, noise.h * self.scale) for noise in found]
 
@@ -44,18 +45,18 @@ class Bridge:
 
         Returns:
             The intervals of the last level that is needed, where in them the times lie, [points, groups]; that level,
-            and the last one at which all times of a group are in one interval.
+            at least 1, and one before it at which all times of a group are in one interval.
         """
         scaled = times * 2.0**self.levels
         ticks = scaled.floor()
         part, ticks = scaled - ticks, ticks.to(torch.int64)
         lowest = torch.where(ticks == 0, 1 << self.levels, ticks & -ticks)
-        zeros = lowest.double().log2().round().to(torch.int64).clamp(max=self.levels).amin()
+        zeros = lowest.double().log2().round().to(torch.int64).clamp(max=self.levels - 1).amin()
         depth = self.levels - torch.where((part != 0).any(), 0, zeros)
         ticks = ticks >> (self.levels - depth)
         # x has as many binary digits as log2(x + 1/2) says, rounded up.
-        digits = ((ticks ^ ticks[:1]).double() + 0.5).log2().ceil().to(torch.int64).clamp(min=0).amax()
-        return ticks, part, depth, depth - digits
+        digits = ((ticks ^ ticks[:1]).double() + 0.5).log2().ceil().to(torch.int64).clamp(min=1).amax()
+        return ticks, part, depth, (depth - digits).clamp(min=0)
 
     def _numbers(self, nodes: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
         """What halves the intervals of a level, or what the cells have where that is None: [points, samples, channels].
@@ -66,11 +67,14 @@ class Bridge:
         counters = nodes * ODD if level is None else nodes * ODD + (level + 1) * GOLDEN
         return traced_normals(self.keys + mixed(counters)[..., None], self.dtype)
 
+    # What a loop hands back without having been gone through is the memory that it was given, which Inductor uses
+    # again: so these are gone through at least once.
+
     def _down_together(self, ticks: Tensor, depth: Tensor, common: Tensor, w: Tensor, h: Tensor, size: Tensor):
-        """As long as all times are in one interval, one way does for them."""
+        """As long as all times are in one interval, one way does for them; what it finds if common is 0 has no use."""
 
         def more(level, *carried):
-            return level < common
+            return level < common.clamp(min=1)
 
         def down(level, size, w, h):
             half = 0.5 * size
@@ -78,7 +82,8 @@ class Bridge:
             w, h, _ = halved(w, h, x, y, self._sign(ticks, depth, level), half, beside=False)
             return level + 1, half, w, h
 
-        return while_loop(more, down, (torch.zeros((), dtype=torch.int64), size, w.clone(), h.clone()))
+        _, *found = while_loop(more, down, (torch.zeros((), dtype=torch.int64), size.clone(), w.clone(), h.clone()))
+        return found
 
     def _down_apart(self, ticks: Tensor, depth: Tensor, level: Tensor, w: Tensor, h: Tensor, size: Tensor):
         """Beside the ways lie the parts that are between the times: see `Way.noise`."""
@@ -105,20 +110,3 @@ class Bridge:
     def _sign(self, ticks: Tensor, depth: Tensor, level: Tensor) -> Tensor:
         """+1 where the way goes left from a level, else -1, [points, groups, 1]."""
         return (1 - 2 * ((ticks >> (depth - level - 1)) & 1))[..., None].to(self.dtype)
-
-    def _to_the_times(
-        self, last: Piece, ticks: Tensor, part: Tensor, depth: Tensor, before: Sum, after: Sum, parted: Tensor
-    ) -> Sum:
-        """The parts between the times, with those of the last intervals; a loop that is gone through once or never."""
-
-        def inside(undone, *carried):
-            return undone.clone()
-
-        def divide(undone, *carried):
-            x, y = self._numbers(ticks, depth)
-            size = last.size.expand(part.shape)
-            return undone.logical_not(), *Piece(last.w, last.h, size).split(part, x, y, before, after, parted)
-
-        found = tuple(x.clone() for x in last.whole(before, after, parted))
-        _, *found = while_loop(inside, divide, ((part != 0).any(), *found))
-        return Sum(*found)
