@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import algebra
 from ..brownian import BrownianTree, Tree
 from ..problem import Problem
 from ..solvers import Step
@@ -104,7 +103,7 @@ class SDEEngine(SteppingEngine):
         if self._control.adaptive:
             last = at.h >= left
             h = torch.minimum(at.h, 0.5 * left)
-            h = algebra.TENSORS.rounded(at.s + h, h) - at.s
+            h = _rounded(at.s + h, h) - at.s
             end = at.s + h
         else:
             last, h = at.h * 1.001 >= left, at.h
@@ -128,3 +127,13 @@ class SDEEngine(SteppingEngine):
         paths = Bridge(*given[:3], self._levels)
         driven = Driven(vector_field, self._field.diagonal, paths, t, t_end)
         return self._solver.attempt(driven, t, dt, z, slope, None, lens=lens, close=close)
+
+
+def _rounded(x: Tensor, size: Tensor) -> Tensor:
+    """Traced: `Algebra.rounded`; without `frexp`, whose integers Inductor can't mix with others."""
+    size = size.double().clamp(min=torch.finfo(size.dtype).tiny)
+    power = size.log2().floor().exp2()
+    # A logarithm may be off in its last digit.
+    power = torch.where(power > size, 0.5 * power, torch.where(2.0 * power <= size, 2.0 * power, power))
+    unit = (2.0**-5 * power).to(x.dtype)
+    return torch.floor(x / unit) * unit

@@ -143,7 +143,8 @@ def compile(layer_or_options):
         raise TypeError(f"compile takes a Module or a dict of options, got {type(layer_or_options).__name__}")
     layers = [m for m in layer_or_options.modules() if isinstance(m, NeuralODE | NeuralSDE)]
     if not layers:
-        raise ValueError(f"{type(layer_or_options).__name__} has no NeuralODE or NeuralSDE in it that could be compiled")
+        kind = type(layer_or_options).__name__
+        raise ValueError(f"{kind} has no NeuralODE or NeuralSDE in it that could be compiled")
     for layer in layers:
         layer.solve_options["compile"] = True
     return layer_or_options
