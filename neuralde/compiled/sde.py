@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..bisection import Noise
 from ..brownian import BrownianTree, Tree
 from ..problem import Problem
 from ..solvers import Step
@@ -120,13 +121,27 @@ class SDEEngine(SteppingEngine):
     def _stuck(self, ok: Tensor, h: Tensor, given: Sequence[Tensor]) -> Tensor:
         return ok.logical_not() & (h <= given[3][0])
 
+    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Known:
+        middle = [t + 0.5 * (t_end - t)] if isinstance(self._solver, StepDoubling) else []
+        return Known(Bridge(*given[:3], self._levels).between(torch.stack([t, *middle, t_end])))
+
     def _attempt(
-        self, vector_field: Drift, given: Sequence[Tensor], t: Tensor, dt: Tensor, t_end: Tensor, z: Tensor,
-        slope: Tensor | None, lens: bool = True, close: bool = False,
+        self, vector_field: Drift, driving: Known, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
+        lens: bool = True, close: bool = False,
     ) -> Step:  # fmt: skip
-        paths = Bridge(*given[:3], self._levels)
-        driven = Driven(vector_field, self._field.diagonal, paths, t, t_end)
+        driven = Driven(vector_field, self._field.diagonal, driving, t, t + dt)
         return self._solver.attempt(driven, t, dt, z, slope, None, lens=lens, close=close)
+
+
+class Known:
+    """Paths of which nothing but the noise of one step is asked, or that of its halves. noise: this."""
+
+    def __init__(self, noise: list[Noise]):
+        self.noise = noise
+
+    def between(self, times: Tensor) -> list[Noise]:
+        """See `Paths.between`."""
+        return self.noise
 
 
 def _rounded(x: Tensor, size: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,11 +103,15 @@ class SteppingEngine(Engine):
         """Traced: which attempts of size h, accepted where ok, could not have been smaller, [groups]."""
         return torch.zeros_like(ok)
 
+    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Any:
+        """Traced: what drives a step from t to t_end, [groups] each, beside the vector field."""
+        return None
+
     def _attempt(
-        self, vector_field: VectorField, given: Sequence[Tensor], t: Tensor, dt: Tensor, t_end: Tensor, z: Tensor,
-        slope: Tensor | None, lens: bool = True, close: bool = False,
+        self, vector_field: VectorField, driving: Any, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
+        lens: bool = True, close: bool = False,
     ) -> Step:  # fmt: skip
-        """Traced: see `Solver.attempt`; t_end: where the step ends, [groups]."""
+        """Traced: see `Solver.attempt`; driving: of `_driving`."""
         memory = self._solver.memory(z, True)
         return self._solver.attempt(vector_field, t, dt, z, slope, memory, lens=lens, close=close)
 
@@ -182,10 +187,9 @@ class SteppingEngine(Engine):
         def attempt(made, *carried):
             at, log = Stand(*carried[:9]), Log(*carried[9:])
             h, end, last = self._next(at, s0, s1, given)
-            step = self._attempt(
-                vector_field, given, at.s * direction, h * direction, end * direction, at.z,
-                at.slope if self._sloped else None, close=self._closed,
-            )  # fmt: skip
+            t, slope = at.s * direction, at.slope if self._sloped else None
+            driving = self._driving(given, t, end * direction)
+            step = self._attempt(vector_field, driving, t, h * direction, at.z, slope, close=self._closed)
             figures = self._figures(norm, step, at.z)
             if control.adaptive:
                 ratio = _M.known(figures[0])
@@ -303,7 +307,8 @@ class SteppingEngine(Engine):
             s, h, end, ok, z = (x.index_select(0, row)[0] for x in (s_log, h_log, end_log, ok_log, z_log))
             # Who was rejected makes a step of size zero, which is finite.
             t, dt, column = s * direction, torch.where(ok, h, 0.0) * direction, ok[:, None]
-            t_end = torch.where(ok, end, s) * direction
+            # (Outside of what is differentiated, in which there may be no loop.)
+            driving = self._driving(given, t, torch.where(ok, end, s) * direction)
 
             def step(z, *own):
                 lent, args = own[: len(names)], list(leaves)
@@ -312,7 +317,7 @@ class SteppingEngine(Engine):
                 call = holder
                 if names:
                     call = functools.partial(lend, holder, dict(zip(names, lent, strict=True)))
-                made = self._attempt(self._of(call, args), given, t, dt, t_end, z, None, lens=lens, close=rows > 1)
+                made = self._attempt(self._of(call, args), driving, t, dt, z, None, lens=lens, close=rows > 1)
                 found = [made.z]
                 if lens:
                     found.append(self._figures(norm, made, z))
