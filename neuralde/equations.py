@@ -201,21 +201,26 @@ class Coefficients:
     drift: Callable
     diffusion: Callable
 
+    def __call__(self, which: str, *arguments):
+        """The "drift" or the "diffusion" of these arguments: one callable, as compiled programs are given it."""
+        return getattr(self, which)(*arguments)
+
 
 @dataclass(frozen=True, eq=False)
-class _Autonomous:
+class Autonomous:
     """A function of z alone, called with t."""
 
     f: Callable
 
     def __call__(self, t, z, *args):
+        """f of z."""
         if args:
             raise TypeError("args was given, but a coefficient takes z alone; give it the signature f(t, z, args)")
         return self.f(z)
 
 
 def _timed(f: Callable) -> Callable:
-    return _Autonomous(f) if required_arguments(f) == 1 else f
+    return Autonomous(f) if required_arguments(f) == 1 else f
 
 
 def required_arguments(f: Callable) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ class NoisyField(Field):
         brownian: where the noise comes from.
 
     Attributes:
+        source: `brownian`.
         paths: the Brownian paths of the samples, known after the first evaluation; it tells how many each has.
     """
 
@@ -32,7 +32,7 @@ class NoisyField(Field):
     ):
         super().__init__(equation, layout, args, joint)
         self.diagonal = equation.noise_type == "diagonal"
-        self._horizon, self._source = (start, span), brownian
+        self._horizon, self.source = (start, span), brownian
         self.paths: Paths | None = None
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
@@ -69,7 +69,18 @@ class NoisyField(Field):
 
     def spread(self, t: Tensor, z: Tensor) -> Tensor:
         """Three standard deviations of what the noise does in unit time, component by component, [batch, features]."""
-        return _spread(self.diffusion(t, z), self.diagonal)
+        return spread(self.diffusion(t, z), self.diagonal)
+
+    def pure_diffusion(self, f, t, z: Tensor, args) -> Tensor:
+        """The diffusion by another f; see `Field.pure`."""
+        diffusion = self._apply(t, z, args, f)
+        return diffusion if self._plain else self._pack(diffusion)
+
+    def signature(self) -> NoisyField:
+        """See `Field.signature`."""
+        field = super().signature()
+        field._horizon = field.source = field.paths = None
+        return field
 
     def _everything(self, t, z: Tensor, args) -> Tensor:
         return torch.cat([self._evaluate(t, z, args), self.diffusion_with(t, z, args).flatten(1)], dim=1)
@@ -83,8 +94,7 @@ class NoisyField(Field):
         diffusion = self._pack(diffusion)
         if self.equation.noise_type == "additive":
             self._check_additive(t, x.detach(), diffusion.detach())
-        if self.paths is None:
-            self.paths = self._bind(channels)
+        self.bind(channels)
         drift = self.like(z, drift)
         return drift, torch.cat([drift, self.like(z, diffusion).flatten(1)], dim=1)
 
@@ -126,21 +136,27 @@ class NoisyField(Field):
                 "use noise_type='general', or 'scalar' or 'diagonal' where it is of that kind"
             )
 
+    def bind(self, channels: int) -> Paths:
+        """The paths, of so many motions for each sample."""
+        if self.paths is None:
+            self.paths = self._bind(channels)
+        return self.paths
+
     def _bind(self, channels: int) -> Paths:
         layout = self.layout
-        if isinstance(self._source, BrownianTree):
-            return self._source.bind(*self._horizon, layout.batch, channels, layout.work_dtype)
-        shape = tuple(self._source.shape)
+        if isinstance(self.source, BrownianTree):
+            return self.source.bind(*self._horizon, layout.batch, channels, layout.work_dtype)
+        shape = tuple(self.source.shape)
         if shape != (layout.batch, channels):
             raise ValueError(
                 f"brownian must have the shape (batch, channels) = {(layout.batch, channels)}, got {shape}"
             )
-        return Foreign(self._source)
+        return Foreign(self.source)
 
     @property
     def resolution(self) -> float:
         """The length of the shortest intervals on which all samples' paths are known."""
-        if not isinstance(self._source, BrownianTree):
+        if not isinstance(self.source, BrownianTree):
             return 0.0
         start, span = self._horizon
         return resolution(start, span)
@@ -180,10 +196,11 @@ class NoisyPart(Part):
 
     def spread(self, t: Tensor, z: Tensor) -> Tensor:
         """See `NoisyField.spread`."""
-        return _spread(self.diffusion(t, z), self.diagonal)
+        return spread(self.diffusion(t, z), self.diagonal)
 
 
-def _spread(diffusion: Tensor, diagonal: bool) -> Tensor:
+def spread(diffusion: Tensor, diagonal: bool) -> Tensor:
+    """Three standard deviations of what the noise does in unit time, [batch, features]; see `NoisyField.diffusion`."""
     return 3.0 * (diffusion.abs() if diagonal else torch.linalg.vector_norm(diffusion, dim=2))
 
 
@@ -198,17 +215,20 @@ class Driven:
     def __init__(self, field: NoisyField | NoisyPart | Between, diagonal: bool, paths: Paths, t: Tensor, t_end: Tensor):
         self.field, self.diagonal, self.paths, self.ends = field, diagonal, paths, (t, t_end)
         self.layout, self.joint, self.times, self.diffusion = field.layout, field.joint, field.times, field.diffusion
+        self._noise: Noise | None = None  # (no cached_property: programs are traced from this)
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """The drift, [samples, features]."""
         return self.field(t, z)
 
-    @functools.cached_property
+    @property
     def noise(self) -> Noise:
         """Over the step."""
-        return self.paths.between(torch.stack(self.ends))[0]
+        if self._noise is None:
+            self._noise = self.paths.between(torch.stack(self.ends))[0]
+        return self._noise
 
-    @functools.cached_property
+    @property
     def halves(self) -> list[Noise]:
         """Over the step's first half, and over its second one."""
         t, t_end = self.ends

@@ -1,7 +1,8 @@
 """Solves as compiled programs: `solve(compile=True)`.
 
 `programs` compiles functions with loops in them, and knows what they may be given; `engine` remembers what was compiled
-for an f. Each kind of solve has an engine of its own: `runge_kutta` that of the explicit Runge-Kutta methods.
+for an f. Each kind of solve has an engine of its own. `stepping` has what solves in steps have in common, `runge_kutta`
+the explicit Runge-Kutta methods, and `sde` the SDEs, with `bridge` for their noise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from .engine import Engine, remembered
 from .programs import Unsupported, warn
 from .records import Ran
 from .runge_kutta import RungeKuttaEngine
+from .sde import SDEEngine
 
 __all__ = ["Engine", "Ran", "Unsupported", "engine", "warn"]
 
@@ -18,7 +20,7 @@ __all__ = ["Engine", "Ran", "Unsupported", "engine", "warn"]
 def engine(problem: Problem) -> Engine | None:
     """What solves the problem compiled; None, after a warning, where it has to be solved as ever."""
     try:
-        return remembered(RungeKuttaEngine, problem)
+        return remembered(SDEEngine if problem.noisy else RungeKuttaEngine, problem)
     except Unsupported as cause:
         warn(problem.field.equation.f, cause)
         return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..equations import Autonomous, Coefficients
 from ..field import modules
 from ..problem import Problem
 from . import decompositions
@@ -35,11 +36,22 @@ _TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def known(memory: weakref.WeakKeyDictionary, f, make: Callable):
-    """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once."""
+    """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once.
+
+    Of an SDE, which may be made anew as well, it is remembered for its drift, or for the Module whose method that is.
+    """
     try:
-        return memory.setdefault(f.__code__ if isinstance(f, types.FunctionType) else f, make())
+        return memory.setdefault(anchor(f.drift if isinstance(f, Coefficients) else f), make())
     except TypeError:  # can't be referred to weakly
         return make()
+
+
+def anchor(f: Callable):
+    """What lives as long as f does, and is the same for an f made anew."""
+    f = f.f if isinstance(f, Autonomous) else f
+    if isinstance(f, types.MethodType):
+        return f.__self__
+    return f.__code__ if isinstance(f, types.FunctionType) else f
 
 
 def while_loop(more: Callable, step: Callable, carried: tuple):

@@ -146,7 +146,7 @@ def make_layer(config: Config, solver: str = "sosri") -> nde.NeuralSDE:
         drift,
         nn.Linear(2, 2),
         solver=solver,
-        control="joint",
+        control=nde.StepControl(per_sample=False, factor_max=9 / 8),  # the published code's
         adjoint="direct",
         rtol=config.tolerance,
         atol=config.tolerance,

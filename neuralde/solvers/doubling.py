@@ -89,7 +89,7 @@ def milstein_stratonovich(f: DrivenField, times, h: Tensor, z: Tensor, noise: No
 
 def _milstein(f: DrivenField, times, h: Tensor, z: Tensor, noise: Noise, first: tuple, square: Tensor) -> Tensor:
     square = square if f.diagonal else square[:, None]
-    if transforms.active():
+    if transforms.active() or torch.compiler.is_compiling():
         diffusion, back = torch.func.vjp(lambda x: f.diffusion(times[0], x), z)
         (change,) = back(diffusion * square)
     else:
