@@ -285,16 +285,16 @@ class SteppingEngine(Engine):
             end -= len(log.s)
             here = slice(end, end + len(log.s))
             weights, marked = (None if x is None else x[here] for x in (figures, marks))
-            checked = ran.final if log is ran.logs[-1][1] else None
+            checked = torch.tensor(made - 1 if log is ran.logs[-1][1] else -1)  # which attempt ends the solve
             costate, off, *sums = self._back[kind](
                 uses.holder, leaves, given, own, problem.start, problem.end, *tolerances, torch.tensor(made), costate,
-                off, checked, weights, marked, log.s, log.h, log.end, log.ok, log.z, *sums,
+                off, ran.final, checked, weights, marked, log.s, log.h, log.end, log.ok, log.z, *sums,
             )  # fmt: skip
         return [costate, *sums], off
 
     def _backwards(
-        self, names, wanted, lens, rows, holder, leaves, given, own, t, t1, rtol, atol, made, costate, off, final,
-        weights, marks, s_log, h_log, end_log, ok_log, z_log, *sums,
+        self, names, wanted, lens, rows, holder, leaves, given, own, t, t1, rtol, atol, made, costate, off,
+        final, checked, weights, marks, s_log, h_log, end_log, ok_log, z_log, *sums,
     ):  # fmt: skip
         """Traced: the logged attempts from the last to the first. rows: how many of a snapshot have a gradient."""
         norm, direction = Norm(rtol, atol, self._joint), _direction(t, t1)
@@ -332,9 +332,8 @@ class SteppingEngine(Engine):
             if rows:
                 cotangents.append(marks.index_select(0, row)[0])
             back, *parts = pullback(tuple(cotangents))
-            if final is not None:
-                now = torch.where(column & (j == made - 1), end - final, 0.0).abs().amax()
-                off = torch.maximum(off, now)
+            now = torch.where(column & (j == checked), end - final, 0.0).abs().amax()
+            off = torch.maximum(off, now)
             sums = [(x + y).contiguous() for x, y in zip(sums, parts, strict=True)]
             return j - 1, torch.where(column, back, costate), off.clone(), *sums
 
