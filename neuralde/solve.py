@@ -110,7 +110,9 @@ def solve(
             structure of z0.
         compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
             seconds; they serve all later solves with this f. On the CPU, for explicit Runge-Kutta methods and
-            gradients by "checkpointed". Where that can't be, one warning says why, and the solve is made as without it.
+            gradients by "checkpointed"; and for iterations to a steady state ("fixed_point", "anderson", "broyden"),
+            with "implicit" where such an iteration solves its systems. Where that can't be, one warning says why, and
+            the solve is made as without it.
         seed: of an SDE's noise, an integer: `brownian=BrownianTree(seed)`. None draws one from torch's generator.
         brownian: where an SDE's noise comes from: a `BrownianTree`, or, under joint control, a Brownian object of
             torchsde's.

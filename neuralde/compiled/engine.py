@@ -22,7 +22,7 @@ _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def refusals(problem: Problem) -> list[tuple[bool, str]]:
     """What no engine solves compiled: pairs (whether the problem is so, the cause as the user is told it)."""
     field, layout = problem.field, problem.field.layout
-    f = field.equation.f
+    f = field.given
     return [
         (
             not isinstance(f, nn.Module | types.FunctionType),
@@ -46,7 +46,7 @@ def remembered(kind: type[Engine], problem: Problem) -> Engine:
     for unsupported, cause in (*refusals(problem), *kind.refusals(problem)):
         if unsupported:
             raise Unsupported(cause)
-    field, layout, f = problem.field, problem.field.layout, problem.field.equation.f
+    field, layout, f = problem.field, problem.field.layout, problem.field.given
     leaves, tree = leaves_of(field.args), pytree.tree_structure(field.args)
     if not all(isinstance(x, Tensor) for x in leaves):
         raise Unsupported("args holds something other than tensors")
@@ -149,7 +149,7 @@ class Engine:
 
     def _give_up(self, problem: Problem, cause: Unsupported):
         self.broken = cause
-        warn(problem.field.equation.f, cause)
+        warn(problem.field.given, cause)
 
     @staticmethod
     def _tolerances(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,21 +128,23 @@ def compile(layer_or_options):
     """Turns on `solve(compile=True)`.
 
     Args:
-        layer_or_options: a `NeuralODE`, a Module that has some in it, or options of `solve` in a dict.
+        layer_or_options: a `NeuralODE`, `DeepEquilibrium` or another layer that solves; a Module that has some in it;
+            or options of `solve` in a dict.
 
     Returns:
-        The Module itself, whose Neural ODEs are compiled from their next call on; or new options.
+        The Module itself, whose layers' solves are compiled from their next call on; or new options.
 
     Raises:
-        ValueError: the Module has no `NeuralODE`. TypeError: neither a Module nor a dict.
+        ValueError: the Module has no such layer. TypeError: neither a Module nor a dict.
     """
     if isinstance(layer_or_options, dict):
         return {**layer_or_options, "compile": True}
     if not isinstance(layer_or_options, nn.Module):
         raise TypeError(f"compile takes a Module or a dict of options, got {type(layer_or_options).__name__}")
-    layers = [m for m in layer_or_options.modules() if isinstance(m, NeuralODE)]
+    layers = [m for m in layer_or_options.modules() if isinstance(getattr(m, "solve_options", None), dict)]
     if not layers:
-        raise ValueError(f"{type(layer_or_options).__name__} has no NeuralODE in it that could be compiled")
+        name = type(layer_or_options).__name__
+        raise ValueError(f"{name} has no NeuralODE (or other layer that solves) in it that could be compiled")
     for layer in layers:
         layer.solve_options["compile"] = True
     return layer_or_options
