@@ -13,6 +13,7 @@ import neuralde as nde
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 COMPILED = [name for name in EQUILIBRIUM if nde.solvers.get(name).calls_per_step == 1]
 BATCH, SIZE = 6, 4
+QUICK = "fixed_point", "per_sample"  # its programs are made in every run of the tests
 
 
 class Map(nn.Module):
@@ -56,9 +57,13 @@ def layers(solver, control):
 
 
 @COMPILER
-@pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize(
-    "solver", [s if s == "fixed_point" else pytest.param(s, marks=pytest.mark.slow) for s in COMPILED]
+    ("solver", "control"),
+    [
+        pytest.param(solver, control, marks=() if (solver, control) == QUICK else pytest.mark.slow)
+        for solver in COMPILED
+        for control in CONTROLS
+    ],
 )
 def test_a_compiled_equilibrium_is_the_same(silent, solver, control):
     """State, gradients, counts; and a sample that is lost beside the others.
