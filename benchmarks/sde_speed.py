@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import resource
 import signal
 import statistics
 import time
@@ -29,7 +30,9 @@ import neuralde as nde
 FEATURES, HIDDEN, BATCH = 32, 64, 512
 TOLERANCES = (1e-1, 1e-2)  # of torchsde
 SOLVERS = ("sosri", "sosri2")
+COMPILED = ("sosri",)  # those that are measured with compile=True as well
 FINE = 1024  # steps of the reference
+EAGER = 100_000  # steps at most without compiling
 LIMIT = 30.0  # seconds of the processor that a solve of torchsde's has for a long horizon
 
 
@@ -42,16 +45,13 @@ class Coefficients(nn.Module):
         super().__init__()
         self.drift = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, FEATURES))
         self.diffusion = nn.Linear(FEATURES, FEATURES)
-        self.calls = 0
 
     def f(self, t, y: Tensor) -> Tensor:
         """The drift."""
-        self.calls += 1
         return self.drift(y)
 
     def g(self, t, y: Tensor) -> Tensor:
         """The diffusion."""
-        self.calls += 1
         return self.diffusion(y)
 
     def equation(self) -> nde.SDE:
@@ -81,16 +81,21 @@ class Shared:
 # -- solves ------------------------------------------------------------------------------------------------------------
 
 
-def ours(sde: Coefficients, z0: Tensor, solver: str, tolerance: float, brownian=None) -> Tensor:
+def how(compile: bool) -> dict:
+    """The options of a solve with gradients, compiled or not."""
+    return {"compile": True} if compile else {"adjoint": "direct"}
+
+
+def ours(sde: Coefficients, z0: Tensor, solver: str, tolerance: float, brownian=None, compile: bool = False) -> Tensor:
     """z(1) by neuralde, one step size for the batch, as torchsde has it."""
-    options = {"solver": solver, "control": "joint", "adjoint": "direct", "rtol": tolerance, "atol": tolerance}
+    options = {"solver": solver, "control": "joint", "rtol": tolerance, "atol": tolerance, **how(compile)}
     return nde.solve(sde.equation(), z0, (0.0, 1.0), brownian=brownian, **options).final
 
 
-def stepping(sde: Coefficients, z0: Tensor, steps: int, brownian=None) -> Tensor:
+def stepping(sde: Coefficients, z0: Tensor, steps: int, brownian=None, compile: bool = False) -> Tensor:
     """z(1) by neuralde's euler_maruyama in so many equal steps."""
     control = nde.StepControl(per_sample=False, adaptive=False)
-    options = {"solver": "euler_maruyama", "dt0": 1 / steps, "control": control, "adjoint": "direct"}
+    options = {"solver": "euler_maruyama", "dt0": 1 / steps, "control": control, **how(compile)}
     return nde.solve(sde.equation(), z0, (0.0, 1.0), brownian=brownian, **options).final
 
 
@@ -158,7 +163,7 @@ def matched(trials: list[Trial], solver: str, goal: float) -> tuple[float, float
     def error(k: int) -> float:
         return statistics.fmean(x.of_ours(solver, 2.0 ** (k / 2)) for x in trials)
 
-    low, high = -12, 6  # bisection: the error falls with the tolerance
+    low, high = -12, 10  # bisection: the error falls with the tolerance
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if error(middle) <= goal else (low, middle)
@@ -181,9 +186,12 @@ def matched_steps(trials: list[Trial], goal: float) -> tuple[int, float]:
 
 def counted(sde: Coefficients, solve: Callable[[], Tensor]) -> int:
     """Evaluations of drift and diffusion in a solve."""
-    sde.calls = 0
+    calls = []
+    handles = [x.register_forward_hook(lambda *_: calls.append(1)) for x in (sde.drift, sde.diffusion)]
     solve()
-    return sde.calls
+    for handle in handles:
+        handle.remove()
+    return len(calls)
 
 
 def backward(sde: Coefficients, z0: Tensor, solve: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -213,13 +221,18 @@ def compare(trials: list[Trial], tolerance: float, rounds: int) -> tuple[list[di
         tolerances[name], errors[name] = None, found
         solves[name] = functools.partial(solve, sde, steps=steps)
     sde.float()
+    with torch.no_grad():
+        calls = {name: counted(sde, functools.partial(solve, z0)) for name, solve in solves.items()}
+    plain = [f"neuralde {solver}" for solver in COMPILED] + [f"neuralde euler_maruyama, {steps} steps"]
+    for name in plain:  # the same solves
+        for found in (tolerances, errors, calls):
+            found[f"{name}, compiled"] = found[name]
+        solves[f"{name}, compiled"] = functools.partial(solves[name], compile=True)
 
     def forward(solve):
         with torch.no_grad():
             return solve(z0)
 
-    with torch.no_grad():
-        calls = {name: counted(sde, functools.partial(solve, z0)) for name, solve in solves.items()}
     seconds = {
         "forward": in_turns({name: functools.partial(forward, x) for name, x in solves.items()}, rounds, 0.0, 1),
         "forward+backward": in_turns(
@@ -231,7 +244,7 @@ def compare(trials: list[Trial], tolerance: float, rounds: int) -> tuple[list[di
     for what, times in seconds.items():
         for name in solves:
             ratio = median_ratio(times["torchsde srk"], times[name])
-            if name in [f"neuralde {solver}" for solver in SOLVERS]:  # adaptive, as srk is
+            if any(name.startswith(f"neuralde {solver}") for solver in SOLVERS):  # adaptive, as srk is
                 best[what] = max(best.get(what, 0.0), ratio)
             rows.append(
                 {
@@ -246,7 +259,13 @@ def compare(trials: list[Trial], tolerance: float, rounds: int) -> tuple[list[di
                 }
             )
     claim = "torchsde at {}, {}: its time over that of neuralde's adaptive methods"
-    return rows, [verdict(claim.format(tolerance, what), ratio, 2.0, least=True) for what, ratio in best.items()]
+    verdicts = [verdict(claim.format(tolerance, what), ratio, 2.0, least=True) for what, ratio in best.items()]
+    for what, times in seconds.items():
+        for name in plain:
+            ratio = median_ratio(times[name], times[f"{name}, compiled"])
+            claim = f"{name} at the error of torchsde at {tolerance}, {what}: its time over that of the same, compiled"
+            verdicts.append(verdict(claim, ratio, 1.5, least=True))
+    return rows, verdicts
 
 
 # -- long horizons -----------------------------------------------------------------------------------------------------
@@ -266,12 +285,14 @@ class Decay(nn.Module):
         return torch.full_like(y, 0.3)
 
 
-def long_ours(steps: int) -> None:
+DECAY = Decay()
+
+
+def long_ours(steps: int, compile: bool = False) -> None:
     """So many steps of 1/20 by neuralde's euler_maruyama."""
-    sde, z0 = Decay(), torch.ones(1, 1, dtype=torch.float64)
-    control = nde.StepControl(per_sample=False, adaptive=False)
+    z0, control = torch.ones(1, 1, dtype=torch.float64), nde.StepControl(per_sample=False, adaptive=False)
     options = {"solver": "euler_maruyama", "dt0": 0.05, "control": control, "max_steps": 2 * steps, "seed": 1}
-    solution = nde.solve(nde.SDE(sde.f, sde.g), z0, (0.0, steps / 20), **options)
+    solution = nde.solve(nde.SDE(DECAY.f, DECAY.g), z0, (0.0, steps / 20), compile=compile, **options)
     if int(solution.stats.accepted[0]) != steps:
         raise AssertionError(f"{steps} steps were asked for, and {solution.stats.accepted[0]} made")
 
@@ -302,16 +323,29 @@ def processor_seconds(solve: Callable[[int], None], steps: int, limit: float) ->
         signal.signal(signal.SIGPROF, old)
 
 
+def peak_memory() -> int:
+    """The most bytes that the process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def long(counts: list[int]) -> tuple[list[dict], list[str]]:
     """The rows of the long horizons, and whether the time is linear in the steps."""
     rows, each = [], []
-    contenders = [("neuralde euler_maruyama", long_ours, count, math.inf) for count in counts]
+    compiled = functools.partial(long_ours, compile=True)
+    with torch.no_grad():
+        compiled(200)  # makes the programs
+    contenders = [("neuralde euler_maruyama, compiled", compiled, count, math.inf) for count in counts]
+    contenders += [("neuralde euler_maruyama", long_ours, count, math.inf) for count in counts if count <= EAGER]
     contenders += [("torchsde euler", long_theirs, count, LIMIT) for count in (100, 1000, 10_000)]
     for name, solve, count, limit in contenders:
+        before = peak_memory()
         seconds = processor_seconds(solve, count, min(limit, 1e7))
         found = None if seconds is None else 1e6 * seconds / count
-        rows.append({"contender": name, "steps": count, "seconds": seconds, "µs per step": found})
-        if solve is long_ours:
+        grown = (peak_memory() - before) / count
+        rows.append(
+            {"contender": name, "steps": count, "seconds": seconds, "µs per step": found, "bytes per step": grown}
+        )
+        if solve is compiled:
             each.append(found)
         print(rows[-1], flush=True)
     claim = f"{counts[-1]} steps, time per step over that of {counts[0]} steps"
@@ -328,10 +362,10 @@ def main():
         options.error("--rounds must be at least 7")
     torch.set_num_threads(1)
     if given.long is not None:
-        rows, verdicts = long(given.long or [10_000, 100_000, 1_000_000])
+        rows, verdicts = long(given.long or [1000, 10_000, 100_000, 1_000_000])
         notes = [
             "seconds of the processor, not of the clock: other programs may run; one path of one component, float64, "
-            "no gradients; each measured once",
+            "no gradients; each measured once, the programs being made; bytes: by how much the process's peak grew",
             f"torchsde with its defaults: no seconds where it had not ended after {LIMIT:.0f}",
             *verdicts,
         ]

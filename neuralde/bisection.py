@@ -80,66 +80,76 @@ class Way:
         parted = self.apart[..., None].to(dtype)
         right_of_first, left_of_second = parted[:-1] * left[:, :-1], parted[:-1] * (1.0 - left[:, 1:])
         w, h = numbers[0][0], numbers[0][1] / math.sqrt(12)
-        one = _Sum(*(torch.zeros_like(w[1:]) for _ in range(2)), torch.zeros_like(parted[0]))
-        two = _Sum(*(torch.zeros_like(w[1:]) for _ in range(2)), torch.zeros_like(parted[0]))
+        one = Sum(*(torch.zeros_like(w[1:]) for _ in range(2)), torch.zeros_like(parted[0]))
+        two = Sum(*(torch.zeros_like(w[1:]) for _ in range(2)), torch.zeros_like(parted[0]))
         for level in range(self.levels):
-            # Halving an interval: W' = W/2 ± (3H/2 + Z), H' = H/4 - Z/2 ± N/2, with Z ~ N(0, h/16), N ~ N(0, h/12).
             size = 2.0 ** -(level + 1)
-            x, y = numbers[level + 1]
-            z = x * (math.sqrt(2 * size) / 4)
-            across = torch.add(z, h, alpha=1.5).mul_(sign[level])
-            along = (h * 0.25).sub_(z, alpha=0.5)
-            apart = y * (sign[level] * (0.5 * math.sqrt(2 * size / 12)))
-            mine = torch.add(across, w, alpha=0.5)
-            if self.beside[level]:
-                other_w, other_h = w - mine, along - apart
-                other_j = torch.add(other_h, other_w, alpha=0.5).mul_(size)
-                one = one.after(_Sum(other_w[:-1], other_j[:-1], size), right_of_first[level])
-                two = two.before(_Sum(other_w[1:], other_j[1:], size), left_of_second[level])
-            w, h = mine, along.add_(apart)
+            w, h, other = halved(w, h, *numbers[level + 1], sign[level], size, self.beside[level])
+            if other is not None:
+                one = one.after(other.some(slice(None, -1)).sum(), right_of_first[level])
+                two = two.before(other.some(slice(1, None)).sum(), left_of_second[level])
         last = Piece(w, h, torch.full_like(self.rest, 2.0**-self.levels).to(dtype)[..., None])
         if self.split:
-            begun, rest = last.divided(self.rest.to(dtype)[..., None], *numbers[-1])
-            one = one.after(rest.some(slice(None, -1)).sum(), parted[-1])
-            both = one.then(two.before(begun.some(slice(1, None)).sum(), parted[-1]))
-            both = both.or_within(begun.some(slice(None, -1)), begun.some(slice(1, None)), parted[-1])
+            both = last.split(self.rest.to(dtype)[..., None], *numbers[-1], one, two, parted[-1])
         else:
-            both = one.after(last.some(slice(None, -1)).sum(), parted[-1]).then(two)
-        span = self.times.diff(dim=0)[..., None].to(dtype)
-        area = torch.where(span == 0, 0.0, both.j / torch.where(span == 0, 1.0, span) - 0.5 * both.w)
-        return [Noise(w, h) for w, h in zip(both.w, area, strict=True)]
+            both = last.whole(one, two, parted[-1])
+        return both.noise(self.times.diff(dim=0)[..., None].to(dtype))
 
 
-class _Sum(NamedTuple):
+def halved(w: Tensor, h: Tensor, x: Tensor, y: Tensor, sign: Tensor, size, beside: bool = True):
+    """One level down: W' = W/2 ± (3H/2 + Z), H' = H/4 - Z/2 ± N/2, with Z ~ N(0, h/16) and N ~ N(0, h/12).
+
+    Args:
+        w, h: of the interval. x, y: standard normal. sign: +1 for its left half, -1 for its right one. size: of a half.
+        beside: whether the other half is wanted.
+
+    Returns:
+        W and H of that half, and the other one as a `Piece` or None.
+    """
+    z = x * ((2 * size) ** 0.5 / 4)
+    across = torch.add(z, h, alpha=1.5).mul_(sign)
+    along = (h * 0.25).sub_(z, alpha=0.5)
+    apart = y * (sign * (0.5 * (2 * size / 12) ** 0.5))
+    mine = torch.add(across, w, alpha=0.5)
+    other = Piece(w - mine, along - apart, size) if beside else None
+    return mine, along.add_(apart), other
+
+
+class Sum(NamedTuple):
     """A path on an interval: its increment, its integral from the start, and the interval's length."""
 
     w: Tensor
     j: Tensor
     size: Tensor
 
-    def then(self, other: _Sum) -> _Sum:
+    def then(self, other: Sum) -> Sum:
         """With the interval that follows."""
-        return _Sum(self.w + other.w, self.j + self.w * other.size + other.j, self.size + other.size)
+        return Sum(self.w + other.w, self.j + self.w * other.size + other.j, self.size + other.size)
 
-    def after(self, other: _Sum, factor: Tensor) -> _Sum:
+    def after(self, other: Sum, factor: Tensor) -> Sum:
         """With the interval before it, where the factor is 1 and not 0."""
         w = other.w * factor
-        return _Sum(self.w + w, self.j + other.j * factor + w * self.size, self.size + other.size * factor)
+        return Sum(self.w + w, self.j + other.j * factor + w * self.size, self.size + other.size * factor)
 
-    def before(self, other: _Sum, factor: Tensor) -> _Sum:
+    def before(self, other: Sum, factor: Tensor) -> Sum:
         """With the interval that follows, where the factor is 1 and not 0."""
         size = other.size * factor
-        return _Sum(
+        return Sum(
             torch.addcmul(self.w, other.w, factor),
             torch.addcmul(self.j, other.j, factor).addcmul_(self.w, size),
             self.size + size,
         )
 
-    def or_within(self, first: Piece, second: Piece, parted: Tensor) -> _Sum:
+    def noise(self, span: Tensor) -> list[Noise]:
+        """W and H of paths on intervals of these lengths, by point."""
+        area = torch.where(span == 0, 0.0, self.j / torch.where(span == 0, 1.0, span) - 0.5 * self.w)
+        return [Noise(w, h) for w, h in zip(self.w, area, strict=True)]
+
+    def or_within(self, first: Piece, second: Piece, parted: Tensor) -> Sum:
         """Where two times lie in one last interval: the difference of what lies before them."""
         w, size = second.w - first.w, second.size - first.size
-        inside = _Sum(w, second.j - first.j - first.w * size, size)
-        return _Sum(*(torch.where(parted > 0, x, y) for x, y in zip(self, inside, strict=True)))
+        inside = Sum(w, second.j - first.j - first.w * size, size)
+        return Sum(*(torch.where(parted > 0, x, y) for x, y in zip(self, inside, strict=True)))
 
 
 class Piece(NamedTuple):
@@ -156,14 +166,30 @@ class Piece(NamedTuple):
 
     def some(self, points: slice) -> Piece:
         """Those of some of the points."""
-        return Piece(self.w[points], self.h[points], self.size[points])
+        size = self.size[points] if isinstance(self.size, Tensor) and self.size.dim() else self.size
+        return Piece(self.w[points], self.h[points], size)
 
-    def sum(self) -> _Sum:
+    def sum(self) -> Sum:
         """The same as a sum to add to."""
-        return _Sum(self.w, self.j, self.size)
+        return Sum(self.w, self.j, self.size)
+
+    def whole(self, one: Sum, two: Sum, parted: Tensor) -> Sum:
+        """From times to the ones after them, which are ends of last intervals: these begin there.
+
+        Args:
+            one, two: what lies beside the ways to the first and to the second time. parted: whether they differ.
+        """
+        return one.after(self.some(slice(None, -1)).sum(), parted).then(two)
+
+    def split(self, part: Tensor, x: Tensor, y: Tensor, one: Sum, two: Sum, parted: Tensor) -> Sum:
+        """The same where times lie inside of last intervals: which part of one is before each; see `divided`."""
+        begun, rest = self.divided(part, x, y)
+        one = one.after(rest.some(slice(None, -1)).sum(), parted)
+        both = one.then(two.before(begun.some(slice(1, None)).sum(), parted))
+        return both.or_within(begun.some(slice(None, -1)), begun.some(slice(1, None)), parted)
 
     def halved(self, x: Tensor, y: Tensor) -> tuple[Piece, Piece]:
-        """Its halves; x and y are standard normal. See `Way.noise`."""
+        """Its halves; x and y are standard normal. See the function of that name."""
         z, n = x * (0.25 * math.sqrt(self.size)), y * (math.sqrt(self.size / 48))
         w = torch.add(z, self.w, alpha=0.5).add_(self.h, alpha=1.5)
         middle = torch.sub(0.25 * self.h, z, alpha=0.5)

@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -36,7 +36,10 @@ class StepControl:
     Args:
         per_sample: one step size per sample, judged by the sample's own error; or one for the whole batch.
         adaptive: whether the error chooses the step. False: every step is `dt0`, whatever the solver.
-        safety, factor_min, factor_max: as above. A factor_max of None is 10, and 9/8 for SDEs, whose errors are random.
+        safety, factor_min, factor_max: as above. With a safety of 0.7 every adaptive method that suits stays within 100
+            tolerances, or 3 times the error of SciPy's RK45, on all DETEST problems; with 0.9, the reference's, bs3,
+            dopri5 and vcab3 exceed that in 9 of 475 cases, by up to 3.6 times. A factor_max of None is 10. For SDEs,
+            whose errors are random, it is 9/8, but for the step after the first one: see `leap`.
         beta1, beta2: exponents; None means 7/(10 p) and 2/(5 p) for a method of order p, and 0.17 and 0.04 for
             dopri5. 1/p and 0 make it the integral controller of torchdiffeq and torchdyn.
         norm: how errors are measured instead of in RMS: a function of the error over its tolerance, in the structure of
@@ -58,6 +61,7 @@ class StepControl:
     beta1: float | None = None
     beta2: float | None = None
     norm: Callable | None = None
+    leaps: bool = field(init=False, default=False, repr=False)
 
     def __post_init__(self):
         for name in ("per_sample", "adaptive"):
@@ -95,6 +99,18 @@ class StepControl:
         # Bounded above in any case: a finished sample makes zero steps without error, and 0 · inf is no step size.
         return m.clamp(m.power(ratio, -beta1) * self.safety * memory, self.factor_min, self._most)
 
+    def leap(self, factor: Figure, ratio: Figure, first: Figure, error_order: float, m: Algebra) -> Figure:
+        """The factor, or a larger one after the first step of an SDE, whose automatic size is a tenth or less of the
+        right one: what its error asks for, as of order `error_order`, up to 1e4 times its size.
+
+        Args:
+            first: which attempts were first steps, and accepted, [groups].
+        """
+        if not self.leaps:
+            return factor
+        far = m.power(m.clamp(ratio, _FIRST_ERROR), -1.0 / error_order) * self.safety
+        return m.where(first, m.maximum(factor, far), factor)
+
     def exponents(self, order: int, tuned: tuple[float, float] | None) -> tuple[float, float]:
         """(beta1, beta2) for a method of that order, with exponents of its own or None."""
         general = tuned or (0.7 / order, 0.4 / order)
@@ -129,8 +145,12 @@ def get(control: str | StepControl) -> StepControl:
 
 
 def for_noise(control: StepControl) -> StepControl:
-    """The control of an SDE's steps: they grow slowly, since a small error may be chance."""
-    return replace(control, factor_max=9 / 8) if control.factor_max is None else control
+    """The control of an SDE's steps: they grow slowly, since a small error may be chance, once they have their size."""
+    if control.factor_max is not None:
+        return control
+    found = replace(control, factor_max=9 / 8)
+    object.__setattr__(found, "leaps", True)
+    return found
 
 
 def norm(rtol, atol, control: StepControl, layout: Layout) -> Norm:

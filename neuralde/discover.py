@@ -260,7 +260,11 @@ class _Discovery:
         """The next step's size. ok: which attempts were accepted, None for all."""
         m, p = lane.m, self.problem
         ratio = ratio if ok is None else m.known(ratio)
-        lane.h = h * self.control.factor(ratio, lane.previous, ok, lane.tools.exponents, m)
+        factor = self.control.factor(ratio, lane.previous, ok, lane.tools.exponents, m)
+        if self.control.leaps:
+            first = (lane.accepted == 1) if ok is None else ok & (lane.accepted == 1)
+            factor = self.control.leap(factor, ratio, first, lane.tools.solver.error_order, m)
+        lane.h = h * factor
         if self.bounded:
             lane.h = m.clamp(lane.h, p.dt_min, p.dt_max)
         lane.previous = self.control.remember(ratio, lane.previous, ok, m)

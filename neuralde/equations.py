@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -205,21 +206,26 @@ class Coefficients:
     drift: Callable
     diffusion: Callable
 
+    def __call__(self, which: str, *arguments):
+        """The "drift" or the "diffusion" of these arguments: one callable, as compiled programs are given it."""
+        return getattr(self, which)(*arguments)
+
 
 @dataclass(frozen=True, eq=False)
-class _Autonomous:
+class Autonomous:
     """A function of z alone, called with t."""
 
     f: Callable
 
     def __call__(self, t, z, *args):
+        """f of z."""
         if args:
             raise TypeError("args was given, but a coefficient takes z alone; give it the signature f(t, z, args)")
         return self.f(z)
 
 
 def _timed(f: Callable) -> Callable:
-    return _Autonomous(f) if required_arguments(f) == 1 else f
+    return Autonomous(f) if required_arguments(f) == 1 else f
 
 
 def required_arguments(f: Callable) -> int | None:
@@ -227,10 +233,7 @@ def required_arguments(f: Callable) -> int | None:
     # A Module's own __call__ is (*args, **kwargs); its forward says what it takes.
     target = f.forward if isinstance(f, torch.nn.Module) else f
     bound = inspect.ismethod(target)
-    try:
-        count = _count(target.__func__ if bound else target)
-    except TypeError:  # a callable that can't be weakly referenced
-        count = _count.__wrapped__(target)
+    count = _count(target.__func__ if bound else target)
     return count if count is None else count - bound
 
 
@@ -247,8 +250,18 @@ def _remembered(function):
     return wrapper
 
 
-@_remembered
 def _count(target: Callable) -> int | None:
+    if type(target) is types.FunctionType and not target.__dict__:  # nothing there but the code says what it takes
+        code = target.__code__
+        return None if code.co_flags & inspect.CO_VARARGS else code.co_argcount - len(target.__defaults__ or ())
+    try:
+        return _read(target)
+    except TypeError:  # a callable that can't be weakly referenced
+        return _read.__wrapped__(target)
+
+
+@_remembered
+def _read(target: Callable) -> int | None:
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):

@@ -15,7 +15,7 @@ from .held import Held
 from .solvers import Step
 
 
-@dataclass
+@dataclass(slots=True)  # a long solve has millions of them
 class Record:
     """One attempt of the discovery in which at least one sample was accepted.
 

@@ -25,9 +25,12 @@ def mix(x: Tensor) -> Tensor:
     return mix_in_place(x.clone())
 
 
+_ROUNDS = ((27, 0x3C79AC492BA7B653), (33, 0x1C69B3F74AC4AE35), (27, None))
+
+
 def mix_in_place(x: Tensor) -> Tensor:
     """`mix`, written over x."""
-    for shift, factor in ((27, 0x3C79AC492BA7B653), (33, 0x1C69B3F74AC4AE35), (27, None)):
+    for shift, factor in _ROUNDS:
         # A logical shift: torch's keeps the sign.
         x ^= (x >> shift).bitwise_and_(2 ** (64 - shift) - 1)
         if factor is not None:
@@ -49,3 +52,24 @@ def normals(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     torch.cos(angle, out=pair[0])
     torch.sin(angle, out=pair[1])
     return pair.mul_(radius)
+
+
+# -- the same for programs, which compilers fuse -----------------------------------------------------------------------
+
+
+def mixed(x: Tensor) -> Tensor:
+    """`mix` as programs have it."""
+    for shift, factor in _ROUNDS:
+        x = x ^ ((x >> shift) & (2 ** (64 - shift) - 1))
+        x = x if factor is None else x * signed(factor)
+    return x
+
+
+def traced_normals(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`normals` as programs have them."""
+    found = mixed(numbers)
+    low, high = ((found << 32) >> 32).to(dtype), (found >> 32).to(dtype)
+    uniform = (low * 2.0**-32 + (0.5 + 2.0**-33)).clamp(min=2.0**-33)
+    radius = (uniform.log() * -2.0).clamp(min=0.0).sqrt()
+    angle = high * (2.0 * math.pi * 2.0**-32)
+    return angle.cos() * radius, angle.sin() * radius

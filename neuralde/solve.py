@@ -88,8 +88,9 @@ def solve(
             `nde.adjoints.Checkpointed(checkpoints=k)`, at k states. "direct", exact ones with everything on the tape:
             the one that torch.func's transforms (jvp, vmap, ...) and forward-mode AD go through; the copies of a sample
             that vmap solves share their steps, the worst one decides. "backsolve", "interpolating", "quadrature": those
-            of an equation solved backwards, to its tolerances. For a steady state: "implicit" and its approximations
-            "neumann", "jfb" and "phantom"; or "direct". See `neuralde.adjoints` for their options.
+            of an equation solved backwards, to its tolerances; of these "backsolve" is for SDEs too. For a steady
+            state: "implicit" and its approximations "neumann", "jfb" and "phantom"; or "direct". See
+            `neuralde.adjoints` for their options.
         args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
         max_steps: attempted steps per sample, rejected ones included.
         dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
@@ -109,10 +110,9 @@ def solve(
             step is attempted, was accepted, was rejected: t and dt are [samples] ([1] under joint control), z is in the
             structure of z0.
         compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
-            seconds; they serve all later solves with this f. On the CPU, for explicit Runge-Kutta methods and
-            gradients by "checkpointed"; and for iterations to a steady state ("fixed_point", "anderson", "broyden"),
-            with "implicit" where such an iteration solves its systems. Where that can't be, one warning says why, and
-            the solve is made as without it.
+            seconds; they serve all later solves with this f. On the CPU: SDEs and explicit Runge-Kutta methods, with
+            gradients by "checkpointed"; and iterations for steady states ("fixed_point", "anderson", "broyden"), with
+            "implicit" where one of these solves its systems. Else one warning says why, and all is as without it.
         seed: of an SDE's noise, an integer: `brownian=BrownianTree(seed)`. None draws one from torch's generator.
         brownian: where an SDE's noise comes from: a `BrownianTree`, or, under joint control, a Brownian object of
             torchsde's.
@@ -202,6 +202,7 @@ def _solve(
     _control.check_sizes(*sizes)
     dt0, *bounds = sizes
     solver, control, adjoint = chosen(solver, control, adjoint, dt0, equation)
+    layout = layout if solver.copies == 1 else replace(layout, copies=solver.copies)
     if compile and not adjoint.compiles:
         able = " or ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.compiles)
         compiled.warn(equation.f, compiled.Unsupported(f"adjoint={adjoint.name!r} is not compiled, take {able}"))
@@ -219,7 +220,7 @@ def _solve(
         times = constant
     brownian = source(*noise, equation, solver, control)
     if noisy:
-        check_noisy(equation, layout, constant, times is not constant, adjoint, events)
+        check_noisy(layout, constant, times is not constant, events)
         field = NoisyField(equation, layout, args, joint, constant[0], constant[-1] - constant[0], brownian)
     else:
         field = Field(equation, layout, args, joint, solver.linearizes)
@@ -266,6 +267,7 @@ def chosen(
     control, adjoint = _control.get(control), adjoints.get(adjoint)
     if isinstance(equation, SDE):
         solver, control = solvers.for_sde(solver, equation, control.adaptive), _control.for_noise(control)
+        adjoint.require_noisy(equation, control)
     else:
         solver = solvers.for_ode(solver)
     if not adjoint.of_horizons:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ class NoisyField(Field):
         brownian: where the noise comes from.
 
     Attributes:
+        source: `brownian`.
         paths: the Brownian paths of the samples, known after the first evaluation; it tells how many each has.
     """
 
@@ -32,7 +32,7 @@ class NoisyField(Field):
     ):
         super().__init__(equation, layout, args, joint)
         self.diagonal = equation.noise_type == "diagonal"
-        self._horizon, self._source = (start, span), brownian
+        self._horizon, self.source = (start, span), brownian
         self.paths: Paths | None = None
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
@@ -40,8 +40,17 @@ class NoisyField(Field):
         return self._evaluate(t, z, self.args)
 
     def _evaluate(self, t, z: Tensor, args) -> Tensor:
-        drift = self._call(t, z, args, self.equation.f.drift)
-        return drift if self._plain else self.layout.pack(drift)
+        x = self.layout.tip(z)
+        drift = self._call(t, x, args, self.equation.f.drift)
+        return self.like(z, drift if self._plain else self.layout.pack(drift))
+
+    def like(self, z: Tensor, value: Tensor) -> Tensor:
+        """A value at one approximation of the state for all that z holds."""
+        return value if z.shape[1] == value.shape[1] else self.layout.copied(value)
+
+    def fill(self, t: Tensor, z: Tensor):
+        """See `Field.fill`."""
+        super().fill(t, self.layout.tip(z))
 
     def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
         """The diffusion: [batch, features] of diagonal noise, else [batch, features, channels]."""
@@ -49,8 +58,8 @@ class NoisyField(Field):
 
     def diffusion_with(self, t, z: Tensor, args) -> Tensor:
         """The diffusion, with args for these samples."""
-        diffusion = self._call(t, z, args, self.equation.f.diffusion)
-        return diffusion if self._plain else self._pack(diffusion)
+        diffusion = self._call(t, self.layout.tip(z), args, self.equation.f.diffusion)
+        return self.like(z, diffusion if self._plain else self._pack(diffusion))
 
     def _pack(self, diffusion) -> Tensor:
         if self.diagonal:
@@ -60,21 +69,34 @@ class NoisyField(Field):
 
     def spread(self, t: Tensor, z: Tensor) -> Tensor:
         """Three standard deviations of what the noise does in unit time, component by component, [batch, features]."""
-        return _spread(self.diffusion(t, z), self.diagonal)
+        return spread(self.diffusion(t, z), self.diagonal)
+
+    def pure_diffusion(self, f, t, z: Tensor, args) -> Tensor:
+        """The diffusion by another f; see `Field.pure`."""
+        diffusion = self._apply(t, z, args, f)
+        return diffusion if self._plain else self._pack(diffusion)
+
+    def signature(self) -> NoisyField:
+        """See `Field.signature`."""
+        field = super().signature()
+        field._horizon = field.source = field.paths = None
+        return field
 
     def _everything(self, t, z: Tensor, args) -> Tensor:
         return torch.cat([self._evaluate(t, z, args), self.diffusion_with(t, z, args).flatten(1)], dim=1)
 
     def _checked(self, t, z: Tensor) -> tuple[Tensor, Tensor]:
-        drift = self._call(t, z, self.args, self.equation.f.drift)
+        x = self.layout.tip(z)
+        drift = self._call(t, x, self.args, self.equation.f.drift)
         drift = self.layout.pack_derivative(drift, len(z), self._autocast is not None, "drift").clone()
-        diffusion = self._call(t, z, self.args, self.equation.f.diffusion)
+        diffusion = self._call(t, x, self.args, self.equation.f.diffusion)
         channels = self._check_diffusion(diffusion, len(z))
+        diffusion = self._pack(diffusion)
         if self.equation.noise_type == "additive":
-            self._check_additive(t, z.detach(), self._pack(diffusion).detach())
-        if self.paths is None:
-            self.paths = self._bind(channels)
-        return drift, torch.cat([drift, self._pack(diffusion).flatten(1)], dim=1)
+            self._check_additive(t, x.detach(), diffusion.detach())
+        self.bind(channels)
+        drift = self.like(z, drift)
+        return drift, torch.cat([drift, self.like(z, diffusion).flatten(1)], dim=1)
 
     def _check_diffusion(self, diffusion, batch: int) -> int:
         """Raises TypeError or ValueError unless the diffusion is as its noise_type says. Returns the channels."""
@@ -114,21 +136,27 @@ class NoisyField(Field):
                 "use noise_type='general', or 'scalar' or 'diagonal' where it is of that kind"
             )
 
+    def bind(self, channels: int) -> Paths:
+        """The paths, of so many motions for each sample."""
+        if self.paths is None:
+            self.paths = self._bind(channels)
+        return self.paths
+
     def _bind(self, channels: int) -> Paths:
         layout = self.layout
-        if isinstance(self._source, BrownianTree):
-            return self._source.bind(*self._horizon, layout.batch, channels, layout.work_dtype)
-        shape = tuple(self._source.shape)
+        if isinstance(self.source, BrownianTree):
+            return self.source.bind(*self._horizon, layout.batch, channels, layout.work_dtype)
+        shape = tuple(self.source.shape)
         if shape != (layout.batch, channels):
             raise ValueError(
                 f"brownian must have the shape (batch, channels) = {(layout.batch, channels)}, got {shape}"
             )
-        return Foreign(self._source)
+        return Foreign(self.source)
 
     @property
     def resolution(self) -> float:
         """The length of the shortest intervals on which all samples' paths are known."""
-        if not isinstance(self._source, BrownianTree):
+        if not isinstance(self.source, BrownianTree):
             return 0.0
         start, span = self._horizon
         return resolution(start, span)
@@ -151,19 +179,28 @@ class NoisyPart(Part):
         """The Brownian paths of the samples."""
         return self.field.paths.on(self.rows)
 
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """The drift of the rows, [rows, features]."""
+        if not self.padded:
+            return self.field._evaluate(t, z, self.args)
+        return self.field.like(z, self.field(t, self._everyone(z)).index_select(0, self.rows))
+
     def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
         """See `NoisyField.diffusion`."""
         if not self.padded:
             return self.field.diffusion_with(t, z, self.args)
-        everyone = self.field._filler[1].index_copy(0, self.rows, z)
-        return self.field.diffusion(t, everyone).index_select(0, self.rows)
+        return self.field.like(z, self.field.diffusion(t, self._everyone(z)).index_select(0, self.rows))
+
+    def _everyone(self, z: Tensor) -> Tensor:
+        return self.field._filler[1].index_copy(0, self.rows, self.layout.tip(z))
 
     def spread(self, t: Tensor, z: Tensor) -> Tensor:
         """See `NoisyField.spread`."""
-        return _spread(self.diffusion(t, z), self.diagonal)
+        return spread(self.diffusion(t, z), self.diagonal)
 
 
-def _spread(diffusion: Tensor, diagonal: bool) -> Tensor:
+def spread(diffusion: Tensor, diagonal: bool) -> Tensor:
+    """Three standard deviations of what the noise does in unit time, [batch, features]; see `NoisyField.diffusion`."""
     return 3.0 * (diffusion.abs() if diagonal else torch.linalg.vector_norm(diffusion, dim=2))
 
 
@@ -178,17 +215,20 @@ class Driven:
     def __init__(self, field: NoisyField | NoisyPart | Between, diagonal: bool, paths: Paths, t: Tensor, t_end: Tensor):
         self.field, self.diagonal, self.paths, self.ends = field, diagonal, paths, (t, t_end)
         self.layout, self.joint, self.times, self.diffusion = field.layout, field.joint, field.times, field.diffusion
+        self._noise: Noise | None = None  # (no cached_property: programs are traced from this)
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """The drift, [samples, features]."""
         return self.field(t, z)
 
-    @functools.cached_property
+    @property
     def noise(self) -> Noise:
         """Over the step."""
-        return self.paths.between(torch.stack(self.ends))[0]
+        if self._noise is None:
+            self._noise = self.paths.between(torch.stack(self.ends))[0]
+        return self._noise
 
-    @functools.cached_property
+    @property
     def halves(self) -> list[Noise]:
         """Over the step's first half, and over its second one."""
         t, t_end = self.ends
@@ -237,7 +277,7 @@ def source(seed: int | None, brownian, equation: ODE | SDE, solver, control) -> 
     return brownian
 
 
-def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoint, events) -> None:
+def check_noisy(layout: Layout, times: Tensor, timed: bool, events) -> None:
     """Raises where a solve of an SDE is asked for what it can't do.
 
     Args:
@@ -252,11 +292,6 @@ def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoi
     if events:
         raise ValueError(
             "events are for ODEs: between two steps a path may cross any level unseen; look for them in solution.zs"
-        )
-    if not adjoint.exact:
-        raise ValueError(
-            f"adjoint={adjoint.name!r} solves the adjoint equation of an ODE backwards; for SDEs use 'checkpointed' or "
-            "'direct', whose gradients are exact"
         )
 
 

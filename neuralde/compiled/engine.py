@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import transforms
+from ..equations import Autonomous, Coefficients
 from ..field import Entering, Field, modules, reachable
 from ..problem import Problem
 from ..trajectory import Trajectory
@@ -19,14 +20,23 @@ from .programs import Lent, Unsupported, first_line, hooks_of, known, leaves_of,
 _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
+_KNOWN = "and only nn.Modules and functions are known again"
+
+
+def whose(f: Callable):
+    """What a coefficient of an SDE is, or is a method of."""
+    f = f.f if isinstance(f, Autonomous) else f
+    return f.__self__ if isinstance(f, types.MethodType) else f
+
+
 def refusals(problem: Problem) -> list[tuple[bool, str]]:
     """What no engine solves compiled: pairs (whether the problem is so, the cause as the user is told it)."""
     field, layout = problem.field, problem.field.layout
     f = field.given
     return [
-        (
-            not isinstance(f, nn.Module | types.FunctionType),
-            f"f is a {type(f).__name__}, and only nn.Modules and functions are known again",
+        *(
+            (not isinstance(x, nn.Module | types.FunctionType), f"f is a {type(x).__name__}, {_KNOWN}")
+            for x in ([f] if not isinstance(f, Coefficients) else map(whose, (f.drift, f.diffusion)))
         ),
         (layout.device.type != "cpu", f"on {layout.device.type} nothing is compiled yet"),
         (transforms.active(), "a transform of torch.func or forward mode is around the solve"),
@@ -58,9 +68,10 @@ def remembered(kind: type[Engine], problem: Problem) -> Engine:
         raise Unsupported("a tensor is in args twice, or is a parameter of f as well")
     key = (
         kind, tuple(m.training for m in used), field.equation.takes_time, layout.tree, layout.shapes, layout.dtype,
-        tree, len(leaves), problem.control, problem.solver, *kind.kinds(problem),
+        tree, len(leaves), problem.control, *kind.kinds(problem),
     )  # fmt: skip
-    engines = known(_ENGINES, f, dict)
+    engines = known(_ENGINES, f, weakref.WeakKeyDictionary)
+    engines = known(engines, f.diffusion if isinstance(f, Coefficients) else f, dict)
     if key not in engines:
         engines[key] = kind(problem, tree)
     found = engines[key]
@@ -128,12 +139,15 @@ class Engine:
         except Unsupported as cause:
             self._give_up(problem, cause)
             return None
-        if isinstance(f, nn.Module):
+        if isinstance(f, nn.Module) or (
+            isinstance(f, Coefficients) and all(isinstance(whose(x), nn.Module) for x in (f.drift, f.diffusion))
+        ):
             # Another tensor may want a gradient one day, and no inspection may find it: then a full look is needed.
             seen, (t,) = Entering(constants=True), field.times(problem.start)
             with torch.no_grad(), seen:
-                field(t, z0)
-            own = [z0, t, *f.parameters(), *f.buffers(), *leaves_of(field.args)]
+                field._everything(t, z0, field.args)
+            holder = Lent.holder_of(f)
+            own = [z0, t, *holder.parameters(), *holder.buffers(), *leaves_of(field.args)]
             self._known = not seen.foreign.keys() - {id(x) for x in own}
         return tensors
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..equations import Autonomous, Coefficients
 from ..field import modules
 from ..problem import Problem
+from . import decompositions
 
 
 class Unsupported(Exception):
@@ -34,11 +36,22 @@ _TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def known(memory: weakref.WeakKeyDictionary, f, make: Callable):
-    """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once."""
+    """What is remembered of f: of a function's code, so that a lambda made anew for every solve is compiled once.
+
+    Of an SDE, which may be made anew as well, it is remembered for its drift, or for the Module whose method that is.
+    """
     try:
-        return memory.setdefault(f.__code__ if isinstance(f, types.FunctionType) else f, make())
+        return memory.setdefault(anchor(f.drift if isinstance(f, Coefficients) else f), make())
     except TypeError:  # can't be referred to weakly
         return make()
+
+
+def anchor(f: Callable):
+    """What lives as long as f does, and is the same for an f made anew."""
+    f = f.f if isinstance(f, Autonomous) else f
+    if isinstance(f, types.MethodType):
+        return f.__self__
+    return f.__code__ if isinstance(f, types.FunctionType) else f
 
 
 def while_loop(more: Callable, step: Callable, carried: tuple):
@@ -66,9 +79,17 @@ def program(function: Callable) -> Callable:
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        return torch.compile(program, fullgraph=True, options={"cpp_wrapper": True, **_kept_between_processes()})
+        return torch.compile(program, fullgraph=True, backend=_inductor)
 
     return lambda *arguments: made()(*arguments)
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+    from torch._inductor.compile_fx import compile_fx
+
+    # What is used twice is a tensor of its own: the slopes are, in every later stage.
+    options = {"cpp_wrapper": True, "realize_reads_threshold": 0, **_kept_between_processes()}
+    return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions.table())
 
 
 def _kept_between_processes() -> dict:

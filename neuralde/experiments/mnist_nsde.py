@@ -73,7 +73,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(features, WIDTH)
         drift = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, WIDTH))
-        options = {"control": "joint", "adjoint": "direct", "rtol": tolerance, "atol": tolerance}
+        # The published code's control, which lets no step grow faster.
+        control = nde.StepControl(per_sample=False, factor_max=9 / 8)
+        options = {"control": control, "adjoint": "direct", "rtol": tolerance, "atol": tolerance}
         self.layer = nde.NeuralSDE(drift, nn.Linear(WIDTH, WIDTH), solver=solver, **options)
         self.head, self.trajectories = nn.Linear(WIDTH, 10), trajectories
 

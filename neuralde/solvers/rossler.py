@@ -208,10 +208,16 @@ def _combine(z: Tensor, h: Tensor, a: Sequence[float], slopes, chi: Tensor, b: S
     return z + chi * _weighted(b, noises) if any(b) else z
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept for the next solve must not be an inference tensor
 def column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as `VectorField.times` takes them, [numbers, 1]."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+    return _column(values, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept for the next solve must not be an inference tensor
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return transforms.physical(torch.tensor(values, dtype=torch.float64).to(device=device, dtype=dtype))[:, None]
 
 

@@ -1,0 +1,346 @@
+"""Solves that go in steps: their loop and its backward pass as compiled programs.
+
+Attempts, the error test and the choice of the next step are one program: a `while_loop` that writes down what it does,
+so that Python is asked again only when its log is full. The gradient is that of "checkpointed": a second program goes
+through the log, from the last attempt to the first, with the vector-Jacobian product of one step. Inductor compiles
+both, with its C++ wrapper.
+
+What may change between solves enters as tensors: states, times, tolerances, parameters, args. What can't be compiled is
+solved as ever, with one warning that says why. So is a solve that fails: the loop in Python says what went wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import algebra
+from .. import control as _control
+from ..control import Norm
+from ..discover import LEAST, resolution
+from ..problem import Problem
+from ..solvers import Solver, Step
+from .engine import Engine, VectorField
+from .programs import Lent, Unsupported, first_line, leaves_of, lend, program, while_loop
+from .records import Log, Ran, Stand
+
+_M = algebra.TENSORS
+_LOG, _LONGEST = 1 << 16, 64  # bytes of states in a log, which is copied at every attempt; attempts in it
+
+
+def closes(problem: Problem) -> bool:
+    """Whether the stages are wanted, for what is between the steps."""
+    return problem.interior is not None or problem.keep_stages
+
+
+class SteppingEngine(Engine):
+    """The programs of a solve that goes in steps.
+
+    Args:
+        problem, tree: as `Engine`'s.
+        solver: the method as programs have it. sloped: whether a step is given its first slope by the one before.
+        rows: of the snapshot of a closed step.
+    """
+
+    def __init__(self, problem: Problem, tree: pytree.TreeSpec, solver: Solver, sloped: bool, rows: int):
+        super().__init__(problem, tree)
+        self._solver, self._sloped = solver, sloped
+        self._control, self._joint = problem.control, problem.joint
+        self._closed = closes(problem)
+        self._stages = rows if self._closed else 0  # rows of a snapshot in the log
+        self._begin, self._continue = program(self._beginning), program(self._loop)
+        self._back: dict[tuple, Callable] = {}
+
+    @staticmethod
+    def refusals(problem: Problem) -> list[tuple[bool, str]]:
+        """See `Engine.refusals`."""
+        return [
+            (problem.watch is not None, "it has events"),
+            (problem.keep is not None, "the adjoint has checkpoints=k"),
+        ]
+
+    @staticmethod
+    def kinds(problem: Problem) -> tuple:
+        """See `Engine.kinds`."""
+        return problem.solver, problem.dt0 is None, closes(problem)
+
+    # -- what kinds of steps differ in ---------------------------------------------------------------------------------
+
+    def _given(self, problem: Problem) -> list[Tensor]:
+        """What the steps need of a problem beside its horizon, its tolerances and its args."""
+        return []
+
+    def _extra(self, problem: Problem) -> int:
+        """Evaluations of f beside those of the attempts."""
+        return (problem.dt0 is None) + (problem.dt0 is None or self._sloped)
+
+    def _next(self, at: Stand, s0: Tensor, s1: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Traced: the next steps' sizes, their ends, and which of them reach the end of the horizon, [groups] each.
+
+        Args:
+            s0, s1: where the horizon begins and ends, [groups]; times run forward. given: of `_given`.
+        """
+        adaptive, left = self._control.adaptive, s1 - at.s
+        # As in `discover`: steps that are chosen share what is left with the last one, fixed ones are counted.
+        last = (at.h if adaptive else at.h * 1.001) >= left
+        h = torch.where(last, left, torch.minimum(at.h, 0.5 * left) if adaptive else at.h)
+        return h, torch.where(last, s1, at.s + h if adaptive else s0 + (at.accepted + 1) * at.h), last
+
+    def _bounded(self, h: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """Traced: a planned size, [groups], within the bounds that there are."""
+        return h
+
+    def _resumed(self, planned: Tensor, before: Tensor, h: Tensor, ok: Tensor) -> Tensor:
+        """Traced: the size that is planned after a step of size h was made where `before` was planned, [groups]."""
+        return planned
+
+    def _stuck(self, ok: Tensor, h: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """Traced: which attempts of size h, accepted where ok, could not have been smaller, [groups]."""
+        return torch.zeros_like(ok)
+
+    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Any:
+        """Traced: what drives a step from t to t_end, [groups] each, beside the vector field."""
+        return None
+
+    def _attempt(
+        self, vector_field: VectorField, driving: Any, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
+        lens: bool = True, close: bool = False,
+    ) -> Step:  # fmt: skip
+        """Traced: see `Solver.attempt`; driving: of `_driving`."""
+        memory = self._solver.memory(z, True)
+        return self._solver.attempt(vector_field, t, dt, z, slope, memory, lens=lens, close=close)
+
+    # -- forwards ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _discover(self, problem: Problem, z0: Tensor) -> Ran | None:
+        field, budget = problem.field, problem.max_steps
+        if not self._checked:
+            field.first(problem.start, z0, problem.end)
+            if field.random:
+                raise Unsupported("f draws random numbers")
+            self._checked = True
+        leaves, tolerances = leaves_of(field.args), self._tolerances(problem, z0)
+        most = max(2, min(_LONGEST, _LOG // ((1 + self._stages) * z0.numel() * z0.element_size())))
+        limit, given = torch.tensor(min(most, budget)), self._given(problem)
+        h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
+        f = field.equation.f
+        log = self._empty(most, z0, problem.start)
+        count, *found = self._begin(
+            f, leaves, given, z0, problem.start, problem.end, *tolerances, h, limit, *log.given()
+        )
+        logs = []
+        while True:
+            stand, log = Stand(*found[:9]), Log(*found[9:])
+            made, live, failed = torch.stack([count, stand.live.any(), stand.failed.any()]).tolist()
+            logs.append((made, log))
+            budget -= made
+            if failed or (live and not budget):
+                return None
+            if not live:
+                break
+            limit = torch.tensor(min(most, budget))
+            count, *found = self._continue(
+                f, leaves, given, problem.start, problem.end, *tolerances, limit, *stand,
+                *self._empty(most, z0, problem.start).given(),
+            )  # fmt: skip
+        extra = self._extra(problem)
+        field.calls += sum(made for made, _ in logs) * self._solver.calls_per_step + extra
+        return Ran(problem, z0, stand, logs, extra)
+
+    def _empty(self, most: int, z0: Tensor, t: Tensor) -> Log:
+        groups, solver = t.shape[0], self._solver
+        figures = max(1, (solver.error_order is not None) + 2 * solver.reports_stiffness)
+        s, h, end = (t.new_empty(most, groups) for _ in range(3))
+        ok, figures = t.new_empty(most, groups, dtype=torch.bool), t.new_empty(most, figures, groups)
+        stages = z0.new_empty(most, self._stages, *z0.shape) if self._closed else None
+        return Log(s, h, end, ok, figures, z0.new_empty(most, *z0.shape), stages)
+
+    def _beginning(self, f, leaves, given, z0, t, t1, rtol, atol, h, limit, *log):
+        """Traced: the slope at the start, the first step size, and the first attempts."""
+        vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
+        slope = vector_field(vector_field.times(t)[0], z0) if self._sloped or h is None else torch.zeros_like(z0)
+        if h is None:
+            h = _control.initial_step(vector_field, t, z0, slope, t1 - t, self._solver.order, norm, _M)
+        h = self._bounded(h, given)
+        s, live = t * _direction(t, t1), torch.ones_like(t, dtype=torch.bool)
+        none, memory = torch.zeros_like(t, dtype=torch.int64), self._control.first_memory(t, _M)
+        stand = Stand(s, h, z0, slope, memory, live, ~live, none, none)
+        return self._loop(f, leaves, given, t, t1, rtol, atol, limit, *(x.clone() for x in stand), *log)
+
+    def _loop(self, f, leaves, given, t, t1, rtol, atol, limit, *carried):
+        """Traced: attempts until all samples are at their ends, or as many as the log holds."""
+        vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
+        solver, control = self._solver, self._control
+        exponents = control.exponents(solver.order, solver.exponents) if control.adaptive else None
+        direction = _direction(t, t1)
+        s0, s1 = t * direction, t1 * direction
+
+        def more(made, *carried):
+            return (made < limit) & Stand(*carried[:9]).live.any()
+
+        def attempt(made, *carried):
+            at, log = Stand(*carried[:9]), Log(*carried[9:])
+            h, end, last = self._next(at, s0, s1, given)
+            t, slope = at.s * direction, at.slope if self._sloped else None
+            driving = self._driving(given, t, end * direction)
+            step = self._attempt(vector_field, driving, t, h * direction, at.z, slope, close=self._closed)
+            figures = self._figures(norm, step, at.z)
+            if control.adaptive:
+                ratio = _M.known(figures[0])
+                ok = at.live & (ratio <= 1.0)
+                factor = control.factor(ratio, at.previous, ok, exponents, _M)
+                factor = control.leap(factor, ratio, ok & (at.accepted == 0), solver.error_order, _M)
+                planned = self._bounded(h * factor, given)
+                planned = self._resumed(planned, at.h, h, ok)
+                previous = control.remember(ratio, at.previous, ok, _M)
+            else:
+                ok = at.live & (step.z.sum()[None] if self._joint else step.z.sum(dim=1)).isfinite()
+                planned, previous = at.h, at.previous
+            column, s = ok[:, None], torch.where(ok, end, at.s)
+            hopeless = ~ok
+            if control.adaptive:
+                least = torch.maximum(s.abs() * resolution(s), (s1 - s0) * LEAST)
+                hopeless = (planned <= least) | self._stuck(ok, h, given)
+            hopeless = at.live & ~(ok & last) & hopeless
+            stand = Stand(
+                s=s,
+                h=planned.clone(),
+                z=torch.where(column, step.z, at.z),
+                slope=torch.where(column, step.slope_end, at.slope) if self._sloped else at.slope.clone(),
+                previous=previous.clone(),
+                live=at.live & ~(ok & last) & ~hopeless,
+                failed=at.failed | hopeless,
+                accepted=at.accepted + ok,
+                rejected=at.rejected + (at.live & ~ok),
+            )
+            row = made.reshape(1)
+            now = Log(at.s, h, end, ok, figures, at.z, solver.snapshot(step.stages) if self._closed else None)
+            logged = zip(log.given(), now.given(), strict=True)
+            return made + 1, *stand, *(x.index_copy(0, row, new[None]) for x, new in logged)
+
+        return while_loop(more, attempt, (torch.zeros((), dtype=torch.int64), *carried))
+
+    def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
+        """Traced: what a `Judge` says of a step from z, [1 to 3, groups]."""
+        figures = [] if step.error is None else [norm.ratio(step.error, z, step.z)]
+        if step.pair is not None:
+            slope_x, slope_y, x, y = step.pair
+            figures += [_control.rms(slope_x - slope_y, self._joint), _control.rms(x - y, self._joint)]
+        return torch.stack(figures or [z.new_zeros(1 if self._joint else len(z))])
+
+    # -- backwards -----------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        ran: Ran,
+        tensors: Sequence[Tensor],
+        final: Tensor | None,
+        interior: Tensor | None,
+        figures: Tensor | None,
+        states: Tensor | None,
+    ) -> tuple[list[Tensor | None], float] | None:
+        """The gradients; None where they have to be made as ever (after a warning).
+
+        Args:
+            ran: the solve. tensors: what wants a gradient beside z0.
+            final, interior: the loss's gradient, [batch, features] and [points, batch, features].
+            figures: that of `Ran.figures`. states: that of the steps' starts, [all accepted, features].
+                Each may be None.
+
+        Returns:
+            Those of z0 and of the tensors; and by how much the last step, made again, was off.
+
+        Raises:
+            Unsupported: f is not what it was; one of the tensors is not there any more.
+        """
+        uses = Lent.of(ran.problem, tensors)
+        try:
+            (costate, *sums), off = self._gradients(ran, uses, final, figures, ran.marks(interior, states))
+        except Exception as error:  # whatever the compiler says of f
+            self._give_up(ran.problem, Unsupported(first_line(error)))
+        else:
+            found = {id(x): gradient for x, gradient in zip(uses.tensors, sums, strict=True)}
+            return [costate, *(found[id(x)] for x in tensors)], float(off)
+        return None
+
+    @torch.no_grad()
+    def _gradients(self, ran: Ran, uses: Lent, final: Tensor | None, figures: Tensor | None, marks: Tensor | None):
+        problem = ran.problem
+        kind = uses.names, uses.wanted, figures is not None, 0 if marks is None else marks.shape[1]
+        if kind not in self._back:
+            self._back[kind] = program(functools.partial(self._backwards, *kind))
+        costate = torch.zeros_like(ran.final) if final is None else final
+        sums, off = [torch.zeros_like(x) for x in uses.tensors], costate.new_zeros(())
+        leaves, tolerances = leaves_of(problem.field.args), self._tolerances(problem, costate)
+        given = self._given(problem)
+        leaves, own = [x.detach() for x in leaves], [x.detach() for x in uses.tensors]
+        end = len(ran.logs) * len(ran.logs[0][1].s)
+        for made, log in reversed(ran.logs):
+            end -= len(log.s)
+            here = slice(end, end + len(log.s))
+            weights, marked = (None if x is None else x[here] for x in (figures, marks))
+            checked = ran.final if log is ran.logs[-1][1] else None
+            costate, off, *sums = self._back[kind](
+                uses.holder, leaves, given, own, problem.start, problem.end, *tolerances, torch.tensor(made), costate,
+                off, checked, weights, marked, log.s, log.h, log.end, log.ok, log.z, *sums,
+            )  # fmt: skip
+        return [costate, *sums], off
+
+    def _backwards(
+        self, names, wanted, lens, rows, holder, leaves, given, own, t, t1, rtol, atol, made, costate, off, final,
+        weights, marks, s_log, h_log, end_log, ok_log, z_log, *sums,
+    ):  # fmt: skip
+        """Traced: the logged attempts from the last to the first. rows: how many of a snapshot have a gradient."""
+        norm, direction = Norm(rtol, atol, self._joint), _direction(t, t1)
+
+        def more(j, *carried):
+            return j >= 0
+
+        def step_back(j, costate, off, *sums):
+            row = j.reshape(1)
+            s, h, end, ok, z = (x.index_select(0, row)[0] for x in (s_log, h_log, end_log, ok_log, z_log))
+            # Who was rejected makes a step of size zero, which is finite.
+            t, dt, column = s * direction, torch.where(ok, h, 0.0) * direction, ok[:, None]
+            # (Outside of what is differentiated, in which there may be no loop.)
+            driving = self._driving(given, t, torch.where(ok, end, s) * direction)
+
+            def step(z, *own):
+                lent, args = own[: len(names)], list(leaves)
+                for i, x in zip(wanted, own[len(names) :], strict=True):
+                    args[i] = x
+                call = holder
+                if names:
+                    call = functools.partial(lend, holder, dict(zip(names, lent, strict=True)))
+                made = self._attempt(self._of(call, args), driving, t, dt, z, None, lens=lens, close=rows > 1)
+                found = [made.z]
+                if lens:
+                    found.append(self._figures(norm, made, z))
+                if rows:
+                    found.append(self._solver.snapshot(made.stages)[:rows])
+                return tuple(found)
+
+            (end, *_), pullback = torch.func.vjp(step, z, *own)
+            cotangents = [torch.where(column, costate, 0.0)]
+            if lens:
+                cotangents.append(torch.where(ok, weights.index_select(0, row)[0], 0.0))
+            if rows:
+                cotangents.append(marks.index_select(0, row)[0])
+            back, *parts = pullback(tuple(cotangents))
+            if final is not None:
+                now = torch.where(column & (j == made - 1), end - final, 0.0).abs().amax()
+                off = torch.maximum(off, now)
+            sums = [(x + y).contiguous() for x, y in zip(sums, parts, strict=True)]
+            return j - 1, torch.where(column, back, costate), off.clone(), *sums
+
+        _, *found = while_loop(more, step_back, (made - 1, costate.clone(), off.clone(), *(x.clone() for x in sums)))
+        return found
+
+
+def _direction(t: Tensor, t1: Tensor) -> Tensor:
+    return torch.where(t1 < t, -1.0, 1.0).to(t.dtype)
