@@ -1,4 +1,4 @@
-"""Deep equilibria against torchdeq, and the backward pass of a continuous one against its Neural ODE's."""
+"""Deep equilibria: against torchdeq; the backward pass of a continuous one against its Neural ODE's; and compiled."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from torchdeq import get_deq
 
 import neuralde as nde
+from neuralde.experiments.equilibria import Injected
+from neuralde.experiments.mnist_deq_fc import Config
 
 BATCH, WIDTH, TOLERANCE, THREADS = 512, 128, 1e-3, 2
 # What neuralde's solver is called in torchdeq, and how many times as fast it is to be, forward and forward+backward.
 SOLVERS = {"broyden": ("broyden", 2.0), "anderson": ("anderson", 2.0), "fixed_point": ("fixed_point_iter", 1.0)}
-PAPER = 4.7
+PAPER, COMPILED = 4.7, 1.5
+RECIPE = Config()
 
 
 class Map(nn.Module):
-    """f(z, x) = tanh(W z + U x), with a count of its calls.
+    """f(z, x) = tanh(W z + U x).
 
     Args:
         scale: what W's default initialisation is multiplied by.
@@ -32,12 +35,21 @@ class Map(nn.Module):
         self.state, self.input = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         with torch.no_grad():
             self.state.weight.mul_(scale)
-        self.calls = 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """f(z, x)."""
+        return torch.tanh(self.state(z) + self.input(x))
+
+
+class CountedMap(Map):
+    """The same with a count of its calls, which no compiler would let pass."""
+
+    calls = 0
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """f(z, x)."""
         self.calls += 1
-        return torch.tanh(self.state(z) + self.input(x))
+        return super().forward(z, x)
 
 
 @dataclass(frozen=True)
@@ -62,17 +74,16 @@ class Layer:
         return torch.autograd.grad(self.call(x).square().sum(), [*self.f.parameters(), x])
 
 
-def ours(solver: str, scale: float) -> Layer:
+def ours(solver: str, f: Map, compile: bool = False) -> Layer:
     """neuralde's, which stops sample by sample, with the same solver in the backward pass."""
-    f = Map(scale)
     termination = nde.Termination("relative", rtol=TOLERANCE, norm="l2")
     adjoint = nde.adjoints.Implicit(solver, rtol=TOLERANCE)
-    return Layer("neuralde", f, nde.DeepEquilibrium(f, solver=solver, termination=termination, adjoint=adjoint))
+    layer = nde.DeepEquilibrium(f, solver=solver, termination=termination, adjoint=adjoint, compile=compile)
+    return Layer("neuralde, compiled" if compile else "neuralde", f, layer)
 
 
-def theirs(solver: str, scale: float) -> Layer:
+def theirs(solver: str, f: Map) -> Layer:
     """torchdeq's, with the same solver in the backward pass, as it does it."""
-    f = Map(scale)
     options = {"f_max_iter": 100, "b_max_iter": 100, "f_tol": TOLERANCE, "b_tol": TOLERANCE, "ift": True}
     options |= {"f_stop_mode": "rel", "b_stop_mode": "rel"}
     name = SOLVERS[solver][0]
@@ -109,7 +120,10 @@ def against_torchdeq(scale: float, rounds: int) -> tuple[list[dict], list[str]]:
     """The rows of one map, and the verdicts."""
     torch.manual_seed(1)
     x = torch.randn(BATCH, WIDTH, requires_grad=True)
-    layers = {solver: (ours(solver, scale), theirs(solver, scale)) for solver in SOLVERS}
+    layers = {
+        solver: (ours(solver, Map(scale)), ours(solver, Map(scale), compile=True), theirs(solver, Map(scale)))
+        for solver in SOLVERS
+    }
     probe, state = Map(scale), torch.randn(BATCH, WIDTH)
 
     def raw():
@@ -117,36 +131,29 @@ def against_torchdeq(scale: float, rounds: int) -> tuple[list[dict], list[str]]:
             probe(state, x)
 
     contenders = {("raw", "", "f"): raw}
-    for solver, pair in layers.items():
-        for layer in pair:
+    for solver, trio in layers.items():
+        for layer in trio:
             contenders[solver, layer.name, "forward"] = lambda layer=layer: layer.forward(x)
             contenders[solver, layer.name, "forward + backward"] = lambda layer=layer: layer.both(x)
     seconds = in_turns(contenders, rounds)
     raw_seconds = statistics.median(seconds["raw", "", "f"])
     wanted, rows, verdicts = exact(scale, x), [], []
-    for solver, pair in layers.items():
-        residuals = [residual(layer, x) for layer in pair]
+    for solver, trio in layers.items():
         for what in ("forward", "forward + backward"):
-            times = [seconds[solver, layer.name, what] for layer in pair]
-            for layer, taken in zip(pair, times, strict=True):
+            times = [seconds[solver, layer.name, what] for layer in trio]
+            for layer, taken in zip(trio, times, strict=True):
                 rows.append(_row(scale, solver, what, layer, x, taken, raw_seconds, wanted))
-            least = SOLVERS[solver][1]
-            claim = f"W × {scale:g}, {solver}, {what}: torchdeq's time / neuralde's"
-            verdicts.append(verdict(claim, median_ratio(times[1], times[0]), least, least=True))
-        verdicts.append(
-            verdict(
-                f"W × {scale:g}, {solver}: residual / torchdeq's or the tolerance, whichever is larger",
-                residuals[0] / max(residuals[1], TOLERANCE),
-                1.0,
-            )
-        )
+            for layer, taken in zip(trio[:2], times, strict=False):
+                claim = f"W × {scale:g}, {solver}, {what}: torchdeq's time / {layer.name}'s"
+                verdicts.append(verdict(claim, median_ratio(times[2], taken), SOLVERS[solver][1], least=True))
+        *found, other = (residual(layer, x) for layer in trio)
+        claim = f"W × {scale:g}, {solver}: residual / torchdeq's or the tolerance, whichever is larger"
+        verdicts.append(verdict(claim, max(found) / max(other, TOLERANCE), 1.0))
     return rows, verdicts
 
 
 def _row(scale: float, solver: str, what: str, layer: Layer, x: Tensor, taken, raw: float, wanted) -> dict:
-    layer.f.calls = 0
-    layer.forward(x)
-    calls, middle = layer.f.calls, statistics.median(taken)
+    calls, middle = _calls(scale, solver, layer, x), statistics.median(taken)
     backward = what != "forward"
     return {
         "W ×": scale,
@@ -160,6 +167,48 @@ def _row(scale: float, solver: str, what: str, layer: Layer, x: Tensor, taken, r
         "residual": residual(layer, x),
         "gradient off by": off(layer.both(x), wanted) if backward else None,
     }
+
+
+def _calls(scale: float, solver: str, layer: Layer, x: Tensor) -> int:
+    """Of f in a forward pass."""
+    if layer.name != "torchdeq":
+        layer.forward(x)
+        return layer.call.solution.stats.function_calls
+    counted = theirs(solver, CountedMap(scale))
+    counted.forward(x)
+    return counted.f.calls
+
+
+def compiled(rounds: int) -> tuple[list[dict], list[str]]:
+    """The fully connected DEQ of the recipe mnist-deq-fc with an iteration, at its tolerance: one step of training."""
+    torch.set_num_threads(1)  # as the recipe
+    torch.manual_seed(0)
+    layers, classes = {}, torch.randint(10, (RECIPE.batch,))
+    x, adjoint = torch.randn(RECIPE.batch, 784), nde.adjoints.Implicit("anderson", rtol=RECIPE.tolerance, max_iter=30)
+    termination = nde.Termination("relative", rtol=RECIPE.tolerance, norm="l2")
+    for solver in SOLVERS:
+        f = Injected(RECIPE.width)
+        ends = nn.Sequential(nn.Linear(784, RECIPE.width), nn.ReLU()), nn.Linear(RECIPE.width, 10)
+        for compile in (False, True):
+            how = {"control": RECIPE.control, "termination": termination, "adjoint": adjoint, "compile": compile}
+            layers[solver, compile] = nn.Sequential(ends[0], nde.DeepEquilibrium(f, solver=solver, **how), ends[1])
+
+    def step(model: nn.Module) -> list[Tensor]:
+        return torch.autograd.grad(nn.functional.cross_entropy(model(x), classes), list(model.parameters()))
+
+    seconds = in_turns({key: lambda model=model: step(model) for key, model in layers.items()}, rounds)
+    rows, verdicts = [], []
+    for solver in SOLVERS:
+        eager, fast = (step(layers[solver, compile]) for compile in (False, True))
+        for compile in (False, True):
+            taken, solution = seconds[solver, compile], layers[solver, compile][1].solution
+            row = {"W ×": "fc DEQ", "solver": solver, "what": "forward + backward"}
+            row |= {"package": "neuralde, compiled" if compile else "neuralde", "ms": 1e3 * statistics.median(taken)}
+            row |= {"spread": spread(taken), "calls of f": solution.stats.function_calls, "own share (ms)": None}
+            rows.append(row | {"residual": float(solution.residual.max()), "gradient off by": off(fast, eager)})
+        ratio = median_ratio(seconds[solver, False], seconds[solver, True])
+        verdicts.append(verdict(f"fc DEQ, {solver}: eager time / compiled", ratio, COMPILED, least=True))
+    return rows, verdicts
 
 
 def against_neural_ode(scale: float, rounds: int) -> tuple[list[dict], str]:
@@ -210,11 +259,18 @@ def main():
         more, claim = against_neural_ode(scale, given.rounds)
         rows += more
         notes.append(claim)
+    more, verdicts = compiled(given.rounds)
+    rows += more
+    notes += verdicts
     notes = [
         f"f(z, x) = tanh(W z + U x), {WIDTH} wide, torch's initialisation of a Linear with W multiplied as said, batch "
         f"{BATCH} of randn, float32. Both packages end by the samples' relative residuals, at most {TOLERANCE}, and "
         "solve the linear system of the backward pass (torchdeq: ift=True) with the same solver to the same tolerance. "
-        f"Medians of {given.rounds} rounds in turns; ratios are medians of the rounds' ratios.",
+        f"Medians of {given.rounds} rounds in turns; ratios are medians of the rounds' ratios. torchdeq runs as it is "
+        "(eager is all that it offers); compiled is compile=True, which compiles f with the step of the solver.",
+        f"fc DEQ: 784-{RECIPE.width}-10, f(z, x) = relu(W z) + relu(U x), batch {RECIPE.batch}, relative tolerance "
+        f"{RECIPE.tolerance} over the batch, systems by anderson, cross-entropy of random inputs, one thread. The "
+        "gradient there is off by so much between compiled and eager.",
         "own share: the time less that of so many calls of f alone. gradient off by: from float64's, at worst of W, U "
         "and x.",
         *notes,

@@ -143,6 +143,11 @@ class _Relaxation(ODE):
         object.__setattr__(self, "takes_time", False)
 
     @property
+    def map(self) -> Callable:
+        """f, of which `self.f` is the excess over z."""
+        return self.f.f
+
+    @property
     def takes_args(self) -> bool:
         return True
 

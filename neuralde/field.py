@@ -131,6 +131,11 @@ class Field:
         return self.equation.takes_time
 
     @property
+    def given(self):
+        """What the user gave: f, or the map whose fixed point is looked for."""
+        return getattr(self.equation, "map", self.equation.f)
+
+    @property
     def autocast(self) -> bool:
         """Whether f runs under autocast."""
         return self._autocast is not None

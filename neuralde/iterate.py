@@ -21,7 +21,7 @@ from .grid import Grid, Record
 from .held import Held
 from .problem import Problem
 from .solvers import Iteration, Work
-from .solvers.iteration import Memory, real, unreal
+from .solvers.iteration import Memory, Move, real, unreal
 from .termination import GOING, Termination
 from .trajectory import Counts, Trajectory
 
@@ -84,21 +84,27 @@ class Iterate:
             f: z -> f(z) - z, [samples, features]. z, slope: the state and f(z) - z there.
             memory: of the step before. watched: see there.
         """
+        move = self.move(f, z, slope, memory)
+        slope = (f(move.z) if move.slope is None else move.slope).to(z.dtype)
+        return Moved(move.z, slope, *self.look(move.z, slope, watched), move.memory, move.work)
+
+    def move(self, f: Callable | None, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
+        """The solver's move; of a complex state as well."""
         kind = z.dtype
-        if kind.is_complex:
-            move = self.solver.move(lambda x: real(f(unreal(x, kind)).to(kind)), real(z), real(slope), memory)
-            z, slope = unreal(move.z, kind), None if move.slope is None else unreal(move.slope, kind)
-        else:
-            move = self.solver.move(lambda x: f(x).to(kind), z, slope, memory)
-            z, slope = move.z, move.slope
-        slope = (f(z) if slope is None else slope).to(kind)
+        if not kind.is_complex:
+            return self.solver.move(lambda x: f(x).to(kind), z, slope, memory)
+        move = self.solver.move(lambda x: real(f(unreal(x, kind)).to(kind)), real(z), real(slope), memory)
+        slope = None if move.slope is None else unreal(move.slope, kind)
+        return Move(unreal(move.z, kind), move.memory, slope, move.work)
+
+    def look(self, z: Tensor, slope: Tensor, watched: Watched) -> tuple[Tensor, Tensor, Tensor]:
+        """The figure, ended and flags of `Moved`."""
         started = None if watched.first is None else (watched.first, watched.scale)
         size, figure, _ = _termination.measure(self.termination, self.joint, z, slope, started)
         # Written so that NaN has ended.
         ended = watched.live & ~((figure > self.termination.tolerance) & (size <= watched.limit))
         further = watched.live & (figure >= watched.least)
-        flags = torch.stack([further, ended]).any(dim=1)
-        return Moved(z, slope, figure, ended, flags, move.memory, move.work)
+        return figure, ended, torch.stack([further, ended]).any(dim=1)
 
 
 class Taken(NamedTuple):
@@ -129,8 +135,8 @@ def iterate(problem: Problem, z0: Tensor, slope: Tensor, step: Callable | None =
     Args:
         problem: one that `applies`.
         z0: [batch, features], in the working dtype. slope: f(z0) - z0.
-        step: makes steps in place of `Iterate`: called as that, but with the field, and the time as it takes it, in
-            place of f.
+        step: makes the steps after the first in place of `Iterate`: called as that, but with the field, and the time as
+            it takes it, in place of f. The batch is not compacted then.
     """
     return _Iterating(problem, z0, slope, step).run()
 
@@ -289,6 +295,7 @@ class _Iterating:
     def _worth_compacting(self) -> bool:
         return (
             not self.joint
+            and self.step is None
             and self.left <= _COMPACT_FRACTION * len(self.z)
             and self.attempts - self.since > _COMPACT_AFTER
             and self.problem.field.can_shrink()

@@ -110,8 +110,9 @@ def solve(
             step is attempted, was accepted, was rejected: t and dt are [samples] ([1] under joint control), z is in the
             structure of z0.
         compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
-            seconds; they serve all later solves with this f. On the CPU, for SDEs and explicit Runge-Kutta methods,
-            with gradients by "checkpointed". Where that can't be, one warning says why, and all is as without it.
+            seconds; they serve all later solves with this f. On the CPU: SDEs and explicit Runge-Kutta methods, with
+            gradients by "checkpointed"; and iterations for steady states ("fixed_point", "anderson", "broyden"), with
+            "implicit" where one of these solves its systems. Else one warning says why, and all is as without it.
         seed: of an SDE's noise, an integer: `brownian=BrownianTree(seed)`. None draws one from torch's generator.
         brownian: where an SDE's noise comes from: a `BrownianTree`, or, under joint control, a Brownian object of
             torchsde's.

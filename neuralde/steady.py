@@ -56,8 +56,8 @@ def solve(
             "torch.func transforms and forward-mode AD can't go through a solve for a steady state; unroll it on a "
             "horizon: solve(equation.ode, z0, (0, steps), solver='euler', dt0=1.0, adjoint='direct')"
         )
-    if compile:
-        compiled.warn(equation.f, compiled.Unsupported("a solve for a steady state is not compiled"))
+    if compile and adjoint == "direct":
+        compiled.warn(equation.f, compiled.Unsupported("adjoint='direct' is not compiled"))
     layout = Layout.of(z0)
     solver, control, adjoint, dt0 = chosen(solver, control, adjoint, steps["dt0"])
     max_steps = steps["max_steps"]
@@ -86,6 +86,7 @@ def solve(
         observer=observer,
         keep=None if dense or adjoint.name == "direct" else 0,
         rest=Rest(settling, joint),
+        compile=compile,
     )
     with full_precision(layout.device), parametrized_once(equation.f):
         outcome = adjoint.solve(problem, flat)

@@ -195,6 +195,7 @@ class Rest:
 
     def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
         """Takes in the start. Returns the codes of `look`."""
+        self.started = None
         with torch.no_grad():
             size, figure, scale = self._measure(None, z, slope)
         self.started = None if scale is None else (size, torch.maximum(size, scale))

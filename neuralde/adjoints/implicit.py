@@ -6,11 +6,13 @@ import abc
 import functools
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import compiled
 from .. import control as _control
 from .. import termination as _termination
 from ..discover import discover
@@ -25,6 +27,9 @@ from ..solvers.iteration import count, fraction, real, unreal
 from ..solvers.linearize import ordinary
 from ..trajectory import Counts, Trajectory
 from .base import Adjoint, Outcome, plain
+
+if TYPE_CHECKING:
+    from ..compiled import EquilibriumEngine
 
 
 class AtRest(Adjoint):
@@ -43,8 +48,11 @@ class AtRest(Adjoint):
         """See `Adjoint.solve`."""
         z0 = z0.detach()
         with torch.no_grad():
-            slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
-            trajectory = iterate(problem, z0, slope) if applies(problem) else discover(problem, z0, slope)
+            engine = problem.compile and compiled.engine(problem)
+            trajectory = engine and engine.discover(problem, z0)
+            if not trajectory:
+                slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
+                trajectory = iterate(problem, z0, slope) if applies(problem) else discover(problem, z0, slope)
         outcome = plain(trajectory)
         if torch.is_grad_enabled():
             for name in ("error", "stiffness"):
@@ -53,7 +61,7 @@ class AtRest(Adjoint):
                     setattr(outcome, name, functools.partial(self._constant, figure, outcome))
             rows = _with_gradient(problem, trajectory)
             if rows is None or len(rows):
-                self.attach(problem, outcome, rows)
+                self.attach(problem, outcome, rows, engine or None)
             else:
                 outcome.final = _without(problem, outcome.final)
         return outcome
@@ -67,11 +75,11 @@ class AtRest(Adjoint):
         return without_gradient(figure(), [outcome.final], message)
 
     @abc.abstractmethod
-    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None):
+    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: EquilibriumEngine | None):
         """Gives `outcome.final` its gradient.
 
         Args:
-            rows: the samples that have one, None for all.
+            rows: the samples that have one, None for all. engine: of compiled programs, or None.
         """
 
 
@@ -131,7 +139,7 @@ def at_rest(problem: Problem, trajectory: Trajectory, rows: Tensor | None, z: Te
 class _Linear(AtRest):
     """Those that hand a vector λ to one evaluation of f at the steady state: a gradient of λᵀ f."""
 
-    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None):
+    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: EquilibriumEngine | None):
         """See `AtRest.attach`."""
         final = outcome.final
         f, z = at_rest(problem, outcome.trajectory, rows)
@@ -141,7 +149,7 @@ class _Linear(AtRest):
                 slope = f(z)
         if not slope.requires_grad:
             return
-        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps)
+        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps, engine)
         own = _Attach.apply(slope, z.detach(), tape)
         outcome.final = own if rows is None else final.index_copy(0, rows, own)
         outcome.backward = functools.partial(tape.work, len(final))
@@ -155,12 +163,21 @@ class Tape:
     """One evaluation of g(z) = f(z) - z at the steady state, and what went backwards through it.
 
     Attributes:
-        rows: the samples, None for all. eps: the precision that f computes in. found: of the last backward pass, or
-            None.
+        rows: the samples, None for all. eps: the precision that f computes in. engine: of compiled programs, or None.
+        found: of the last backward pass, or None.
     """
 
-    def __init__(self, adjoint: _Linear, slope: Tensor, z: Tensor, rows: Tensor | None, eps: float):
+    def __init__(
+        self,
+        adjoint: _Linear,
+        slope: Tensor,
+        z: Tensor,
+        rows: Tensor | None,
+        eps: float,
+        engine: EquilibriumEngine | None,
+    ):
         self.adjoint, self.slope, self.z, self.rows, self.eps = adjoint, slope, z, rows, eps
+        self.engine = engine
         self.found: LinearSolve | None = None
 
     def product(self, u: Tensor) -> Tensor:
@@ -293,7 +310,8 @@ class Implicit(_Linear):
             keep=0,
             rest=rest,
         )
-        trajectory = iterate(problem, start, right)
+        engine = tape.engine
+        trajectory = (engine and engine.costate(problem, start, right)) or iterate(problem, start, right)
         x = torch.where(finite, trajectory.final, v)
         return LinearSolve(x, trajectory.counts.nfe, rest.residual, trajectory.status == 0)
 
@@ -400,7 +418,7 @@ class Phantom(AtRest):
     def __init__(self, steps: int = 5, damping: float = 0.5):
         self.steps, self.damping = count("steps", steps), fraction("damping", damping)
 
-    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None):
+    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: EquilibriumEngine | None):
         """See `AtRest.attach`."""
         final = outcome.final
         f, start = at_rest(problem, outcome.trajectory, rows)

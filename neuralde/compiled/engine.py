@@ -32,7 +32,7 @@ def whose(f: Callable):
 def refusals(problem: Problem) -> list[tuple[bool, str]]:
     """What no engine solves compiled: pairs (whether the problem is so, the cause as the user is told it)."""
     field, layout = problem.field, problem.field.layout
-    f = field.equation.f
+    f = field.given
     return [
         *(
             (not isinstance(x, nn.Module | types.FunctionType), f"f is a {type(x).__name__}, {_KNOWN}")
@@ -56,7 +56,7 @@ def remembered(kind: type[Engine], problem: Problem) -> Engine:
     for unsupported, cause in (*refusals(problem), *kind.refusals(problem)):
         if unsupported:
             raise Unsupported(cause)
-    field, layout, f = problem.field, problem.field.layout, problem.field.equation.f
+    field, layout, f = problem.field, problem.field.layout, problem.field.given
     leaves, tree = leaves_of(field.args), pytree.tree_structure(field.args)
     if not all(isinstance(x, Tensor) for x in leaves):
         raise Unsupported("args holds something other than tensors")
@@ -163,7 +163,7 @@ class Engine:
 
     def _give_up(self, problem: Problem, cause: Unsupported):
         self.broken = cause
-        warn(problem.field.equation.f, cause)
+        warn(problem.field.given, cause)
 
     @staticmethod
     def _tolerances(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ..solution import Solution
 from ..solve import solve
 from ..solvers import Solver
 
-_NOT_OF_STEADY = ("equation", "z0", "args", "jump_times", "step_times", "events", "compile", "solver")
+_NOT_OF_STEADY = ("equation", "z0", "args", "jump_times", "step_times", "events", "solver")
 _OPTIONS = [name for name in inspect.signature(solve).parameters if name not in _NOT_OF_STEADY]
 _STARTS = ("zeros", "first_step")
 

@@ -15,6 +15,7 @@ from ..events import parse as parse_events
 from ..field import mixing_message, mixing_module
 from ..solution import Solution
 from ..solve import chosen, solve
+from .deep_equilibrium import DeepEquilibrium
 from .neural_sde import NeuralSDE
 
 _OPTIONS = [name for name in inspect.signature(solve).parameters if name not in ("equation", "z0", "t", "args")]
@@ -129,7 +130,8 @@ def compile(layer_or_options):
     """Turns on `solve(compile=True)`.
 
     Args:
-        layer_or_options: a `NeuralODE` or `NeuralSDE`, a Module that has some in it, or options of `solve` in a dict.
+        layer_or_options: a `NeuralODE`, `NeuralSDE` or `DeepEquilibrium`; a Module that has some in it; or options of
+            `solve` in a dict.
 
     Returns:
         The Module itself, whose layers of these kinds are compiled from their next call on; or new options.
@@ -141,10 +143,10 @@ def compile(layer_or_options):
         return {**layer_or_options, "compile": True}
     if not isinstance(layer_or_options, nn.Module):
         raise TypeError(f"compile takes a Module or a dict of options, got {type(layer_or_options).__name__}")
-    layers = [m for m in layer_or_options.modules() if isinstance(m, NeuralODE | NeuralSDE)]
+    layers = [m for m in layer_or_options.modules() if isinstance(m, NeuralODE | NeuralSDE | DeepEquilibrium)]
     if not layers:
         kind = type(layer_or_options).__name__
-        raise ValueError(f"{kind} has no NeuralODE or NeuralSDE in it that could be compiled")
+        raise ValueError(f"{kind} has no NeuralODE, NeuralSDE or DeepEquilibrium in it that could be compiled")
     for layer in layers:
         layer.solve_options["compile"] = True
     return layer_or_options

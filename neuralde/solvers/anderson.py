@@ -8,7 +8,9 @@ import numbers
 import torch
 from torch import Tensor
 
-from .iteration import Iteration, Memory, Move, count, fraction, put
+from .iteration import Iteration, Memory, Move, count, fraction
+
+_UNROLLED = 8  # the largest memory whose equations a compiler is given number by number
 
 
 class Anderson(Iteration):
@@ -50,31 +52,51 @@ class Anderson(Iteration):
         plain = torch.add(z, slope, alpha=self.beta)
         if memory is None:
             batch, features = z.shape
-            room = (z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
-            return Move(plain, Memory(0, plain, slope, *room))
-        before, last, slopes, moves, gram = memory.tensors
+            room = tuple(z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
+            return Move(plain, Memory(0, (plain, slope), room))
+        (before, last), (slopes, moves, gram) = memory.states, memory.buffers
         slot = memory.made % self.m
         change = slope - last
-        put(slopes, slot, change)
-        put(moves, slot, plain - before)
-        # One pass over the differences for both products.
-        rows = torch.bmm(torch.stack([change, slope], dim=1), slopes.mT)
-        put(gram, slot, rows[:, 0])
-        put(gram, slot, rows[:, 0], dim=2)
-        weights = self._weights(gram, rows[:, 1])
-        z = torch.baddbmm(plain[:, None], weights[:, None], moves, alpha=-1.0)[:, 0]
-        return Move(z, Memory(memory.made + 1, plain, slope, slopes, moves, gram))
+        memory.put(slopes, slot, change)
+        memory.put(moves, slot, plain - before)
+        row = memory.products(slopes, change)
+        memory.put(gram, slot, row)
+        memory.put(gram, slot, row, dim=2)
+        weights = self._weights(gram, memory.products(slopes, slope), memory.traced)
+        z = plain - memory.combined(weights, moves)
+        return Move(z, Memory(memory.made + 1, (plain, slope), memory.buffers))
 
-    def _weights(self, gram: Tensor, right: Tensor) -> Tensor:
+    def _weights(self, gram: Tensor, right: Tensor, traced: bool) -> Tensor:
         """γ from ΔGᵀΔG, [batch, m, m], and ΔGᵀg, [batch, m]."""
         scale = gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
-        size = gram * scale[:, :, None] * scale[:, None, :]
         ridge = self.regularization or 10 * self.m * torch.finfo(gram.dtype).eps
-        size.diagonal(dim1=1, dim2=2).add_(ridge)
-        weights, _ = torch.linalg.solve_ex(size, scale * right)
+        size = gram * scale[:, :, None] * scale[:, None, :]
+        if traced and self.m <= _UNROLLED:
+            weights = _solved(size, scale * right, ridge)
+        else:
+            size.diagonal(dim1=1, dim2=2).add_(ridge)
+            weights, _ = torch.linalg.solve_ex(size, scale * right)
         # A sample whose history is of no use makes a plain step. The solver's weights lie column by column, with which
         # batched products go through the samples one by one.
         return torch.nan_to_num(weights * scale, nan=0.0, posinf=0.0, neginf=0.0).contiguous()
 
     def __repr__(self) -> str:
         return f"{self.name} (memory {self.m})"
+
+
+def _solved(a: Tensor, b: Tensor, ridge: float) -> Tensor:
+    """(A + ridge·I)⁻¹ b by Cholesky's method for symmetric A [batch, m, m] and b [batch, m], number by number.
+
+    For a compiler, which makes one loop over the samples of it. NaN where A is not positive definite.
+    """
+    m = b.shape[1]
+    factor, inverse, y, x = {}, [], [], [None] * m
+    for j in range(m):
+        pivot = a[:, j, j] + ridge - sum(factor[j, k].square() for k in range(j))
+        inverse.append(pivot.rsqrt())
+        for i in range(j + 1, m):
+            factor[i, j] = (a[:, i, j] - sum(factor[i, k] * factor[j, k] for k in range(j))) * inverse[j]
+        y.append((b[:, j] - sum(factor[j, k] * y[k] for k in range(j))) * inverse[j])
+    for j in reversed(range(m)):
+        x[j] = (y[j] - sum(factor[k, j] * x[k] for k in range(j + 1, m))) * inverse[j]
+    return torch.stack(x, dim=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Work
-from .iteration import Iteration, Memory, Move, backtrack, count, dot, put
+from .iteration import Iteration, Memory, Move, backtrack, count, dot
 
 
 class Broyden(Iteration):
@@ -37,13 +37,11 @@ class Broyden(Iteration):
 
     def room(self, memory: Memory) -> Memory:
         """See `Iteration.room`."""
-        z, slope, step, left, right = memory.tensors
-        known = left.shape[1]
+        batch, known, features = memory.buffers[0].shape
         if memory.made < known or known == self.m:
             return memory
-        more = z.new_zeros(2, len(z), min(known, self.m - known), z.shape[1])
-        left, right = (torch.cat([x, y], dim=1) for x, y in zip((left, right), more, strict=True))
-        return Memory(memory.made, z, slope, step, left, right)
+        more = memory.buffers[0].new_zeros(batch, min(known, self.m - known), features)
+        return Memory(memory.made, memory.states, tuple(torch.cat([x, more], dim=1) for x in memory.buffers))
 
     def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """See `Iteration.move`.
@@ -53,7 +51,7 @@ class Broyden(Iteration):
         """
         if memory is None:
             room = z.new_zeros(2, len(z), min(8, self.m), z.shape[1]).unbind(0)
-            step, memory = slope, Memory(0, z, slope, slope, *room)
+            step, memory = slope, Memory(0, (z, slope, slope), room)
         else:
             step, memory = self._updated(z, slope, memory)
         if not self.line_search:
@@ -63,25 +61,24 @@ class Broyden(Iteration):
 
     def _updated(self, z: Tensor, slope: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """-H g with H updated by the step that led to z."""
-        z_before, slope_before, step, left, right = memory.tensors
+        (z_before, slope_before, step), (left, right) = memory.states, memory.buffers
         move, change = z - z_before, slope - slope_before
-        weights = torch.bmm(slope[:, None], right.mT)
-        image = torch.baddbmm(slope[:, None], weights, left, beta=-1.0)[:, 0]  # H g, by the old H
-        v = torch.baddbmm(move[:, None], torch.bmm(move[:, None], left.mT), right, beta=-1.0)[:, 0]
+        weights = memory.products(right, slope)
+        image = memory.combined(weights, left) - slope  # H g, by the old H
+        v = memory.combined(memory.products(left, move), right) - move
         # The old H took the last g to -step.
         lack, bottom = move - (image + step), dot(v, change)
         fine = bottom.abs() > 10 * torch.finfo(z.dtype).eps * (dot(v, v) * dot(change, change)).sqrt()
         u = lack * torch.where(fine, 1.0 / torch.where(fine, bottom, 1.0), 0.0)[:, None]
         slot = memory.made % self.m
-        if isinstance(slot, Tensor):
-            oldest = weights.index_select(2, slot)[:, 0] * left.index_select(1, slot)[:, 0]
-            image = image - oldest  # 0 where there is none yet
+        if memory.traced:
+            image = image - weights.index_select(1, slot) * left.index_select(1, slot)[:, 0]  # 0 where it is not there
         elif memory.made >= self.m:  # the oldest term goes
-            image = image - weights[:, 0, slot, None] * left[:, slot]
-        put(left, slot, u)
-        put(right, slot, v)
+            image = image - weights[:, slot, None] * left[:, slot]
+        memory.put(left, slot, u)
+        memory.put(right, slot, v)
         step = -torch.addcmul(image, u, dot(v, slope)[:, None])
-        return step, Memory(memory.made + 1, z, slope, step, left, right)
+        return step, Memory(memory.made + 1, (z, slope, step), memory.buffers)
 
     def __repr__(self) -> str:
         return f"{self.name} (memory {self.m}{', line search' if self.line_search else ''})"

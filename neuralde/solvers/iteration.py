@@ -122,15 +122,36 @@ class Memory:
 
     Args:
         made: how many moves there were after the first: a number, or a tensor [1] in a traced program.
-        tensors: the rest.
+        states: those that every move makes anew. buffers: those that it overwrites.
     """
 
-    def __init__(self, made: int | Tensor, *tensors: Tensor):
-        self.made, self.tensors = made, tensors
+    def __init__(self, made: int | Tensor, states: tuple[Tensor, ...], buffers: tuple[Tensor, ...]):
+        self.made, self.states, self.buffers = made, states, buffers
+
+    @property
+    def traced(self) -> bool:
+        """Whether a program is being made: a compiler fuses sums of products, where batched products are calls."""
+        return isinstance(self.made, Tensor)
+
+    def products(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The inner products of rows [batch, n, features] with x [batch, features], [batch, n]."""
+        return (rows * x[:, None]).sum(dim=2) if self.traced else torch.bmm(x[:, None], rows.mT)[:, 0]
+
+    def combined(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Σ weights·rows over n, [batch, features], for weights [batch, n]."""
+        return (weights[..., None] * rows).sum(dim=1) if self.traced else torch.bmm(weights[:, None], rows)[:, 0]
+
+    def put(self, buffer: Tensor, slot: int | Tensor, row: Tensor, dim: int = 1):
+        """Overwrites one row of every sample. slot: as `made`."""
+        if self.traced:
+            buffer.index_copy_(dim, slot, row.unsqueeze(dim))
+        else:
+            buffer.select(dim, slot).copy_(row)
 
     def on(self, index: Tensor) -> Memory:
         """The same for some of the samples."""
-        return Memory(self.made, *(x.index_select(0, index) for x in self.tensors))
+        states, buffers = (tuple(x.index_select(0, index) for x in xs) for xs in (self.states, self.buffers))
+        return Memory(self.made, states, buffers)
 
 
 @dataclass
@@ -138,14 +159,6 @@ class Remembered:
     """The memory of an iteration between its steps, None before the first."""
 
     held: Memory | None = None
-
-
-def put(buffer: Tensor, slot: int | Tensor, row: Tensor, dim: int = 1):
-    """Overwrites one row of every sample. slot: as `Memory.made`."""
-    if isinstance(slot, Tensor):
-        buffer.index_copy_(dim, slot, row.unsqueeze(dim))
-    else:
-        buffer.select(dim, slot).copy_(row)
 
 
 class FixedPoint(Iteration):
@@ -171,9 +184,9 @@ class FixedPoint(Iteration):
         """dt."""
         return self.damping
 
-    def move(self, f, z: Tensor, slope: Tensor, memory: None) -> Move:
+    def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """See `Iteration.move`."""
-        return Move(torch.add(z, slope, alpha=self.damping))
+        return Move(torch.add(z, slope, alpha=self.damping), memory or Memory(0, (), ()))
 
     def __repr__(self) -> str:
         return self.name if self.damping == 1.0 else f"{self.name} (damping {self.damping:g})"
