@@ -83,11 +83,11 @@ class Ours(Contender):
         self.options = {"solver": solver, "control": control, "rtol": work.tolerance, "atol": work.tolerance}
         self.compile = compile
         self._equation = nde.ODE(work.f)
+        error, stiffness = reg.GlobalError(1e-3), reg.GlobalStiffness(1e-3)
 
         def loss(f, z0):
             solution = self.solution(f, z0)
-            penalty = reg.GlobalError()(solution) + reg.GlobalStiffness()(solution)
-            return 0.5 * solution.final.square().sum() + 1e-3 * penalty
+            return 0.5 * solution.final.square().sum() + error(solution) + stiffness(solution)
 
         super().__init__(work, lambda f, z0: self.solution(f, z0).final, loss if penalized else None)
 

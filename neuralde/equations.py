@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -227,10 +228,7 @@ def required_arguments(f: Callable) -> int | None:
     # A Module's own __call__ is (*args, **kwargs); its forward says what it takes.
     target = f.forward if isinstance(f, torch.nn.Module) else f
     bound = inspect.ismethod(target)
-    try:
-        count = _count(target.__func__ if bound else target)
-    except TypeError:  # a callable that can't be weakly referenced
-        count = _count.__wrapped__(target)
+    count = _count(target.__func__ if bound else target)
     return count if count is None else count - bound
 
 
@@ -247,8 +245,18 @@ def _remembered(function):
     return wrapper
 
 
-@_remembered
 def _count(target: Callable) -> int | None:
+    if type(target) is types.FunctionType and not target.__dict__:  # nothing there but the code says what it takes
+        code = target.__code__
+        return None if code.co_flags & inspect.CO_VARARGS else code.co_argcount - len(target.__defaults__ or ())
+    try:
+        return _read(target)
+    except TypeError:  # a callable that can't be weakly referenced
+        return _read.__wrapped__(target)
+
+
+@_remembered
+def _read(target: Callable) -> int | None:
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):

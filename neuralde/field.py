@@ -126,6 +126,11 @@ class Field:
         return field
 
     @property
+    def takes_time(self) -> bool:
+        """Whether f takes t."""
+        return self.equation.takes_time
+
+    @property
     def autocast(self) -> bool:
         """Whether f runs under autocast."""
         return self._autocast is not None

@@ -33,7 +33,7 @@ from .retrace import every_state, lookup
 from .solution import Solution
 from .solvers import Past, Solver, Step
 from .stability import Anchored, contraction, end, spectral_radius
-from .state import Layout
+from .state import Layout, all_finite
 from .stochastic import Driven, NoisyField, source
 
 __all__ = ["Probe", "contraction", "measure", "probe", "probe_last", "probe_solution", "replay", "spectral_radius"]
@@ -101,6 +101,7 @@ def probe(
     noisy = isinstance(f, SDE)
     control = _control.get(control)
     solver = solvers.for_sde(solver, f) if noisy else solvers.for_ode(ODE.usual.solver if solver is None else solver)
+    layout = dataclasses.replace(layout, copies=solver.copies)
     joint = not control.per_sample
     groups = 1 if joint else layout.batch
 
@@ -108,7 +109,7 @@ def probe(
         if not isinstance(x, numbers.Real | Tensor):
             raise TypeError(f"{name} must be a number or a tensor, got {type(x).__name__}")
         x = torch.as_tensor(x, dtype=layout.time_dtype, device=layout.device)
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise ValueError(f"{name} must be finite, got {x.tolist()}")
         if x.dim() > 1 or (x.dim() == 1 and len(x) not in (1, groups)):
             raise ValueError(f"{name} must be a number{'' if joint else f' or [batch] = [{groups}]'}, got {x.shape}")
@@ -139,6 +140,33 @@ def probe(
     flat = layout.pack_start(z)
     slope = problem.field.first(t, flat, t + 1.0)
     return _look(problem, t, flat, slope, dt)
+
+
+def probe_step(
+    f: Callable, t: Tensor, z, dt: Tensor, solver: Solver, rtol: float, atol: float, figure: str | None = None
+) -> Probe:
+    """`probe` of a step that another library made, under joint control, without the checks that this has made needless.
+
+    Args:
+        f, z, solver, rtol, atol: of `probe`.
+        t, dt: tensors with one number.
+        figure: "error" or "stiffness": take that one alone, and leave the other one None.
+    """
+    layout = Layout.of(z)
+    t, dt = (x.detach().to(layout.time_dtype).reshape(1) for x in (t, dt))
+    field = Field(ODE(f), layout, None, True, solver.linearizes)
+    problem = Problem(
+        field=field,
+        solver=solver,
+        control=_control.get("joint"),
+        times=torch.stack([t, t + dt]),
+        norm=_control.Norm(rtol, atol, True),
+        dt0=None,
+        max_steps=1,
+        keep_stages=False,
+    )
+    flat = layout.pack(z).to(layout.work_dtype)
+    return _look(problem, t, flat, field.first(t, flat, t + dt), dt, figure)
 
 
 def _noise_span(dt: Tensor | None, span: Tensor | None) -> Tensor:
@@ -181,7 +209,7 @@ def probe_solution(
     if not bool(solution.converged.any()):
         raise ValueError("every sample of the solution failed, so there is no point to probe from")
     pieces = [
-        _look_at(dataclasses.replace(problem, solver=method), t, z, which & solution.converged)
+        _look_at(*_stepped_with(method, problem, z), t, which & solution.converged)
         for method, which in _methods(solution, t, solver)
     ]
     if len(pieces) == 1:
@@ -193,6 +221,21 @@ def probe_solution(
         for name, x in both.items()
     }
     return Probe(solver=solution.solver, **values)
+
+
+def _stepped_with(solver: Solver, problem: Problem, z: Tensor) -> tuple[Problem, Tensor]:
+    """A problem and a state on its solution for another method, which may step another number of copies of it."""
+    layout = problem.field.layout
+    if solver.copies != layout.copies:
+        field = copy.copy(problem.field)
+        field.layout = dataclasses.replace(layout, copies=solver.copies)
+
+        def copied(x):
+            return field.layout.copied(layout.solution(x)) if isinstance(x, Tensor) else x
+
+        norm = dataclasses.replace(problem.norm, rtol=copied(problem.norm.rtol), atol=copied(problem.norm.atol))
+        z, problem = copied(z), dataclasses.replace(problem, field=field, norm=norm)
+    return dataclasses.replace(problem, solver=solver), z
 
 
 def default_solver(solution: Solution) -> Solver:
@@ -263,7 +306,7 @@ def _known(first: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     return first
 
 
-def _look_at(problem: Problem, t: Tensor, z: Tensor, which: Tensor) -> Probe:
+def _look_at(problem: Problem, z: Tensor, t: Tensor, which: Tensor) -> Probe:
     """`_look` at some of the samples, [batch] bool; NaN for the others, whom f may be unable to handle anywhere."""
     f, rows = problem.field, None
     if not bool(which.all()):
@@ -284,8 +327,11 @@ def _look_at(problem: Problem, t: Tensor, z: Tensor, which: Tensor) -> Probe:
     return Probe(solver=found.solver, **pytree.tree_map_only(Tensor, spread, values))
 
 
-def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None) -> Probe:
-    """The step from (t, z), where f is slope. All [samples] or [1] under joint control."""
+def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None, figure: str | None = None) -> Probe:
+    """The step from (t, z), where f is slope; with the figure "error" or "stiffness" alone, or both.
+
+    All [samples] or [1] under joint control.
+    """
     p, solver, batch = problem, problem.solver, len(z)
     with full_precision(z.device):
         if dt is None:
@@ -297,12 +343,13 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
         if p.noisy:
             f = Driven(f, f.diagonal, f.paths.fresh(), t, t + dt)
         step = solver.attempt(f, t, dt, z, slope, solver.memory(z, transforms.recording()))
-        error = raw = None
-        if step.error is not None:
+        error = raw = stiffness = None
+        if step.error is not None and figure != "stiffness":
             error = p.ratio(step.error, z, step.z).expand(batch)
             raw = _control.rms(step.error, p.joint).expand(batch)
-        stiffness = p.stiffness(step, dt)
-        stiffness = None if stiffness is None else stiffness.expand(batch)
+        if figure != "error":
+            stiffness = p.stiffness(step, dt)
+            stiffness = None if stiffness is None else stiffness.expand(batch)
     return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)
 
 
@@ -397,7 +444,11 @@ class _Simpson:
         a, b = (torch.where(self.grid.mask, x, t_end) for x in (a, b))
         self.a, self.b = (torch.minimum(x * direction, t_end * direction) * direction for x in (a, b))
         self.t_end, final = t_end, outcome.final if held is None else held
-        states = self.grid.pad(every_state(self.p, outcome, solution._z0))
+        layout = self.p.field.layout
+        states, final = (
+            layout.solution(self.grid.pad(every_state(self.p, outcome, solution._z0))),
+            layout.solution(final),
+        )
         inside = (self.a != t_end)[..., None]
         self.z = [*torch.where(inside, states, final), final]
 
@@ -470,7 +521,7 @@ def replay(solution: Solution, z0=None, args=None) -> Solution:
         layout = Layout.of(z0)
         if (layout.shapes, layout.batch, layout.dtype) != (field.layout.shapes, field.layout.batch, field.layout.dtype):
             raise ValueError("z0 must have the structure, shapes and dtype of the solution's own initial state")
-        flat = layout.pack(z0).to(layout.work_dtype)
+        flat = field.layout.copied(layout.pack(z0).to(layout.work_dtype))
     schedule = None
     if trajectory.interior is not None:
         schedule = Schedule(problem, trajectory.grid, trajectory.reached, trajectory.hits)

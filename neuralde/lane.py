@@ -123,8 +123,8 @@ class Lane:
         return torch.full_like(like, t), torch.full_like(like, dt)
 
     def count(self, work: Work):
-        """Adds what an attempt cost to what its samples have cost so far."""
-        nfe, *linear = work
+        """Adds what an attempt cost to what its samples have cost so far. A group costs what its worst does."""
+        nfe, *linear = work.of_groups(self.groups)
         self.calls = self.calls + (self.m.read(nfe) if isinstance(nfe, Tensor) else nfe) * self.live
         live = self.m.tensor(self.live, self.z)
         more = torch.stack([torch.as_tensor(x, device=live.device).expand(live.shape) * live for x in linear])

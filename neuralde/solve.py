@@ -88,8 +88,9 @@ def solve(
             `nde.adjoints.Checkpointed(checkpoints=k)`, at k states. "direct", exact ones with everything on the tape:
             the one that torch.func's transforms (jvp, vmap, ...) and forward-mode AD go through; the copies of a sample
             that vmap solves share their steps, the worst one decides. "backsolve", "interpolating", "quadrature": those
-            of an equation solved backwards, to its tolerances. For a steady state: "implicit" and its approximations
-            "neumann", "jfb" and "phantom"; or "direct". See `neuralde.adjoints` for their options.
+            of an equation solved backwards, to its tolerances; of these "backsolve" is for SDEs too. For a steady
+            state: "implicit" and its approximations "neumann", "jfb" and "phantom"; or "direct". See
+            `neuralde.adjoints` for their options.
         args: tensors (or a structure of them) handed to f as its last argument. They get gradients.
         max_steps: attempted steps per sample, rejected ones included.
         dt0: first step size, positive; None chooses it automatically. Fixed-step solvers need it: it is their step.
@@ -200,6 +201,7 @@ def _solve(
     _control.check_sizes(*sizes)
     dt0, *bounds = sizes
     solver, control, adjoint = chosen(solver, control, adjoint, dt0, equation)
+    layout = layout if solver.copies == 1 else replace(layout, copies=solver.copies)
     if compile and not adjoint.compiles:
         able = " or ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.compiles)
         compiled.warn(equation.f, compiled.Unsupported(f"adjoint={adjoint.name!r} is not compiled, take {able}"))
@@ -217,7 +219,7 @@ def _solve(
         times = constant
     brownian = source(*noise, equation, solver, control)
     if noisy:
-        check_noisy(equation, layout, constant, times is not constant, adjoint, events)
+        check_noisy(layout, constant, times is not constant, events)
         field = NoisyField(equation, layout, args, joint, constant[0], constant[-1] - constant[0], brownian)
     else:
         field = Field(equation, layout, args, joint, solver.linearizes)
@@ -264,6 +266,7 @@ def chosen(
     control, adjoint = _control.get(control), adjoints.get(adjoint)
     if isinstance(equation, SDE):
         solver, control = solvers.for_sde(solver, equation, control.adaptive), _control.for_noise(control)
+        adjoint.require_noisy(equation, control)
     else:
         solver = solvers.for_ode(solver)
     if not adjoint.of_horizons:

@@ -28,6 +28,8 @@ class Layout:
         work_dtype: of the engine's arithmetic: float32 for bfloat16 and float16 states, else `dtype`.
         time_dtype: of t, dt and error ratios: float64 for float64 and complex128 states, else float32.
         batch: number of samples.
+        copies: approximations of the state that the solver steps side by side, one after the other among the features:
+            the first is the solution, f is evaluated at the last.
     """
 
     tree: Any
@@ -37,6 +39,7 @@ class Layout:
     time_dtype: torch.dtype
     batch: int
     device: torch.device
+    copies: int = 1
 
     @classmethod
     def of(cls, z0) -> Layout:
@@ -109,7 +112,24 @@ class Layout:
             bad = (~transforms.worst(torch.isfinite(flat).all(dim=1))).nonzero().flatten().tolist()
             few = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise ValueError(f"z0 must be finite, but samples {few} hold NaN or infinity")
-        return flat
+        return self.copied(flat)
+
+    @property
+    def features(self) -> int:
+        """Numbers in one approximation of a sample's state."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def copied(self, x: Tensor) -> Tensor:
+        """The same numbers for all approximations of the state, [batch, features, ...]."""
+        return x if self.copies == 1 else torch.cat([x] * self.copies, dim=1)
+
+    def solution(self, flat: Tensor) -> Tensor:
+        """Of all approximations the solution, [..., features]."""
+        return flat if self.copies == 1 else flat[..., : self.features]
+
+    def tip(self, flat: Tensor) -> Tensor:
+        """Of all approximations the one that f is evaluated at, [..., features]."""
+        return flat if self.copies == 1 else flat[..., -self.features :]
 
     def pack_figures(self, name: str, value) -> Tensor:
         """Numbers for every component of the state, real, [1 or batch, features].
@@ -145,10 +165,11 @@ class Layout:
             if count not in (1, self.batch):
                 raise ValueError(f"{name} must have 1 or {self.batch} rows, one per sample, got {count}")
         most = max(len(row) for row in rows)
-        return torch.cat([row.expand(most, -1) for row in rows], dim=1)
+        return self.copied(torch.cat([row.expand(most, -1) for row in rows], dim=1))
 
     def unpack(self, flat: Tensor):
         """[..., features] -> state, with every leading dimension kept (batch, or times and batch)."""
+        flat = self.solution(flat)
         flat = flat if flat.dtype == self.dtype else flat.to(self.dtype)
         lead = flat.shape[:-1]
         if self.tree is None:

@@ -40,8 +40,17 @@ class NoisyField(Field):
         return self._evaluate(t, z, self.args)
 
     def _evaluate(self, t, z: Tensor, args) -> Tensor:
-        drift = self._call(t, z, args, self.equation.f.drift)
-        return drift if self._plain else self.layout.pack(drift)
+        x = self.layout.tip(z)
+        drift = self._call(t, x, args, self.equation.f.drift)
+        return self.like(z, drift if self._plain else self.layout.pack(drift))
+
+    def like(self, z: Tensor, value: Tensor) -> Tensor:
+        """A value at one approximation of the state for all that z holds."""
+        return value if z.shape[1] == value.shape[1] else self.layout.copied(value)
+
+    def fill(self, t: Tensor, z: Tensor):
+        """See `Field.fill`."""
+        super().fill(t, self.layout.tip(z))
 
     def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
         """The diffusion: [batch, features] of diagonal noise, else [batch, features, channels]."""
@@ -49,8 +58,8 @@ class NoisyField(Field):
 
     def diffusion_with(self, t, z: Tensor, args) -> Tensor:
         """The diffusion, with args for these samples."""
-        diffusion = self._call(t, z, args, self.equation.f.diffusion)
-        return diffusion if self._plain else self._pack(diffusion)
+        diffusion = self._call(t, self.layout.tip(z), args, self.equation.f.diffusion)
+        return self.like(z, diffusion if self._plain else self._pack(diffusion))
 
     def _pack(self, diffusion) -> Tensor:
         if self.diagonal:
@@ -77,14 +86,17 @@ class NoisyField(Field):
         return torch.cat([self._evaluate(t, z, args), self.diffusion_with(t, z, args).flatten(1)], dim=1)
 
     def _checked(self, t, z: Tensor) -> tuple[Tensor, Tensor]:
-        drift = self._call(t, z, self.args, self.equation.f.drift)
+        x = self.layout.tip(z)
+        drift = self._call(t, x, self.args, self.equation.f.drift)
         drift = self.layout.pack_derivative(drift, len(z), self._autocast is not None, "drift").clone()
-        diffusion = self._call(t, z, self.args, self.equation.f.diffusion)
+        diffusion = self._call(t, x, self.args, self.equation.f.diffusion)
         channels = self._check_diffusion(diffusion, len(z))
+        diffusion = self._pack(diffusion)
         if self.equation.noise_type == "additive":
-            self._check_additive(t, z.detach(), self._pack(diffusion).detach())
+            self._check_additive(t, x.detach(), diffusion.detach())
         self.bind(channels)
-        return drift, torch.cat([drift, self._pack(diffusion).flatten(1)], dim=1)
+        drift = self.like(z, drift)
+        return drift, torch.cat([drift, self.like(z, diffusion).flatten(1)], dim=1)
 
     def _check_diffusion(self, diffusion, batch: int) -> int:
         """Raises TypeError or ValueError unless the diffusion is as its noise_type says. Returns the channels."""
@@ -167,12 +179,20 @@ class NoisyPart(Part):
         """The Brownian paths of the samples."""
         return self.field.paths.on(self.rows)
 
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """The drift of the rows, [rows, features]."""
+        if not self.padded:
+            return self.field._evaluate(t, z, self.args)
+        return self.field.like(z, self.field(t, self._everyone(z)).index_select(0, self.rows))
+
     def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
         """See `NoisyField.diffusion`."""
         if not self.padded:
             return self.field.diffusion_with(t, z, self.args)
-        everyone = self.field._filler[1].index_copy(0, self.rows, z)
-        return self.field.diffusion(t, everyone).index_select(0, self.rows)
+        return self.field.like(z, self.field.diffusion(t, self._everyone(z)).index_select(0, self.rows))
+
+    def _everyone(self, z: Tensor) -> Tensor:
+        return self.field._filler[1].index_copy(0, self.rows, self.layout.tip(z))
 
     def spread(self, t: Tensor, z: Tensor) -> Tensor:
         """See `NoisyField.spread`."""
@@ -257,7 +277,7 @@ def source(seed: int | None, brownian, equation: ODE | SDE, solver, control) -> 
     return brownian
 
 
-def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoint, events) -> None:
+def check_noisy(layout: Layout, times: Tensor, timed: bool, events) -> None:
     """Raises where a solve of an SDE is asked for what it can't do.
 
     Args:
@@ -272,11 +292,6 @@ def check_noisy(equation: SDE, layout: Layout, times: Tensor, timed: bool, adjoi
     if events:
         raise ValueError(
             "events are for ODEs: between two steps a path may cross any level unseen; look for them in solution.zs"
-        )
-    if not adjoint.exact:
-        raise ValueError(
-            f"adjoint={adjoint.name!r} solves the adjoint equation of an ODE backwards; for SDEs use 'checkpointed' or "
-            "'direct', whose gradients are exact"
         )
 
 

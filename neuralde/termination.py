@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,6 +133,48 @@ def _l2(x: Tensor, joint: bool) -> Tensor:
 _NORMS = {"rms": rms, "l2": _l2, "max": _maximum}
 
 
+def measure(
+    t: Termination, joint: bool, z: Tensor, slope: Tensor, start: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(‖f(z) - z‖, the residual of the mode, what the former is divided by for that or None), [groups] each.
+
+    Args:
+        t: with its tolerances. joint: whether the batch is one group.
+        z, slope: a state and f(z) - z, [samples, features].
+        start: ‖f(z) - z‖ at the start, and the larger of it and ‖f(z)‖ there; None at the start itself.
+    """
+    norm = _NORMS[t.norm]
+    size = norm(slope, joint)
+    if t.mode == "absolute":
+        return size, size, None
+    floor = torch.finfo(size.dtype).tiny if t.mode == "relative" else max(t.atol / t.rtol, 1e-30)
+    scale = norm(z + slope, joint).clamp(min=floor)
+    if start is None:
+        return size, size / scale, scale
+    first, largest = start
+    # No difference is known better than to rounding: far enough away, z + 1 is z.
+    known = torch.maximum(size, torch.finfo(size.dtype).eps * scale)
+    bound = largest * (first / known).square()
+    return size, torch.where(bound < scale, known / bound, size / scale), scale
+
+
+def stalled(t: Termination, recent: Iterable[Tensor], figure: Tensor, attempt: int) -> Tensor | None:
+    """Whose residuals no longer fall, [groups]; None where it is not the time to look.
+
+    Args:
+        t: with its tolerances. recent: the last residuals, `figure` among them, [groups]; NaN where a sample has none.
+        figure: the last ones. attempt: which one of the solve it is.
+    """
+    if t.patience is None or attempt < t.patience or attempt % _LOOK_EVERY:
+        return None
+    recent = torch.stack(list(recent))
+    known = ~recent.isnan()
+    high = torch.where(known, recent, -math.inf).amax(dim=0)
+    low = torch.where(known, recent, math.inf).amin(dim=0)
+    full = known.sum(dim=0) >= min(t.patience, len(recent))
+    return full & (figure <= _CLOSE * t.tolerance) & (high < _FLAT * low)
+
+
 class Rest:
     """Watches a solve for the samples that come to rest, and for those that will not.
 
@@ -140,26 +183,27 @@ class Rest:
 
     Attributes:
         first, residual, least: of every group, at the start, last, and the least one of all, [groups].
+        limit: of ‖f(z) - z‖, above which a group has diverged, [groups].
+        started: what `measure` is given of the start, or None.
         before: the states at the starts of the steps by which the samples came to rest, [batch, features].
     """
 
     def __init__(self, termination: Termination, joint: bool):
         self.termination, self.joint = termination, joint
-        self._norm = _NORMS[termination.norm]
-        self._start: tuple[Tensor, Tensor] | None = None  # ‖f(z) - z‖ at the start, and how large f(z) is
+        self.started: tuple[Tensor, Tensor] | None = None
         self._recent: collections.deque[Tensor] = collections.deque(maxlen=termination.patience or 1)
 
     def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
         """Takes in the start. Returns the codes of `look`."""
         with torch.no_grad():
             size, figure, scale = self._measure(None, z, slope)
-        self._start = None if scale is None else (size, torch.maximum(size, scale))
+        self.started = None if scale is None else (size, torch.maximum(size, scale))
         self.first = self.residual = self.least = figure
         self.best = self.before = z
         self.converged = torch.zeros_like(figure, dtype=torch.bool)
         # Where f is not finite at the start, the loop has ended the sample.
         limit = size * (self.termination.divergence or math.inf)
-        self._limit = torch.where(limit > 0, limit, math.inf)
+        self.limit = torch.where(limit > 0, limit, math.inf)
         settled = figure <= self.termination.tolerance
         if not bool(settled.any()):
             return None
@@ -168,19 +212,8 @@ class Rest:
 
     def _measure(self, rows: Tensor | None, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(‖f(z) - z‖, the residual of the mode, what the former is divided by for that or None), [groups] each."""
-        t, slope = self.termination, slope.to(z.dtype)
-        size = self._norm(slope, self.joint)
-        if t.mode == "absolute":
-            return size, size, None
-        floor = torch.finfo(size.dtype).tiny if t.mode == "relative" else max(t.atol / t.rtol, 1e-30)
-        scale = self._norm(z + slope, self.joint).clamp(min=floor)
-        if self._start is None:
-            return size, size / scale, scale
-        first, start = (self._of(x, rows) for x in self._start)
-        # No difference is known better than to rounding: far enough away, z + 1 is z.
-        known = torch.maximum(size, torch.finfo(size.dtype).eps * scale)
-        bound = start * (first / known) ** 2
-        return size, torch.where(bound < scale, known / bound, size / scale), scale
+        start = self.started and tuple(self._of(x, rows) for x in self.started)
+        return measure(self.termination, self.joint, z, slope.to(z.dtype), start)
 
     def look(
         self, rows: Tensor | None, start: Tensor, z: Tensor, slope: Tensor, ok: Tensor, attempt: int
@@ -198,14 +231,15 @@ class Rest:
         t = self.termination
         with torch.no_grad():
             size, figure, _ = self._measure(rows, z, slope)
-            least, limit = self._of(self.least, rows), self._of(self._limit, rows)
+            least, limit = self._of(self.least, rows), self._of(self.limit, rows)
             better = ok & (figure < least)
             settled = ok & (figure <= t.tolerance)
             ended = ok & ((figure <= t.tolerance) | ~(size <= limit))
             if t.patience is not None:
                 self._recent.append(self._put(torch.full_like(self.first, math.nan), rows, figure, ok))
-            stalled = self._stalled(rows, figure, ok, attempt)
-            ended = ended if stalled is None else ended | stalled
+            still = stalled(t, (self._of(x, rows) for x in self._recent), figure, attempt)
+            still = None if still is None else ok & still
+            ended = ended if still is None else ended | still
             # One look at the device for both.
             all_better, any_ended = torch.stack([better.all(), ended.any()]).tolist()
         self.residual = self._put(self.residual, rows, figure, ok)
@@ -218,7 +252,7 @@ class Rest:
         if not any_ended:
             return figure, None
         codes = torch.where(ended, int(Status.DIVERGED), GOING)
-        codes = codes if stalled is None else torch.where(stalled, int(Status.NOT_CONVERGED), codes)
+        codes = codes if still is None else torch.where(still, int(Status.NOT_CONVERGED), codes)
         codes = torch.where(ended & ~torch.isfinite(figure), int(Status.NON_FINITE), codes)
         codes = torch.where(settled, int(Status.SUCCESS), codes)
         self.converged = self._put(self.converged, rows, settled, ok)
@@ -227,17 +261,6 @@ class Rest:
             before = torch.where(arrived, start, self._of(self.before, rows))
             self.before = before if rows is None else self.before.index_copy(0, rows, before)
         return figure, codes
-
-    def _stalled(self, rows: Tensor | None, figure: Tensor, ok: Tensor, attempt: int) -> Tensor | None:
-        t = self.termination
-        if t.patience is None or attempt < t.patience or attempt % _LOOK_EVERY:
-            return None
-        recent = torch.stack([self._of(x, rows) for x in self._recent])
-        known = ~recent.isnan()
-        high = torch.where(known, recent, -math.inf).amax(dim=0)
-        low = torch.where(known, recent, math.inf).amin(dim=0)
-        full = known.sum(dim=0) >= min(t.patience, len(self._recent))
-        return ok & full & (figure <= _CLOSE * t.tolerance) & (high < _FLAT * low)
 
     @staticmethod
     def _of(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -248,6 +271,11 @@ class Rest:
         if rows is None:
             return torch.where(which, part, whole)
         return whole.index_copy(0, rows, torch.where(which, part, whole.index_select(0, rows)))
+
+    def conclude(self, status: Tensor) -> bool:
+        """Takes in how the groups ended, [groups]. Returns whether all of them came to rest."""
+        self.converged = status == Status.SUCCESS
+        return bool(self.converged.all())
 
     def verdict(self, status: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the samples ended with.

@@ -106,6 +106,8 @@ class Regularizer(nn.Module, abc.ABC):
             )
         if isinstance(solution, Skipped):
             return solution.zero
+        if isinstance(solution, Recorded):  # the library raises where it fails
+            return self.figure(solution).mean()
         # A penalty that is to bring steady states about is wanted most where they were not reached.
         counted = solution.usable if self.of_steady else solution.converged
         if bool(counted.all()):
@@ -191,20 +193,21 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
             f"a penalty takes a Solution, a neuralde layer, a model with such layers or a list of solutions, got "
             f"{type(source).__name__}"
         )
-    layers = list(_layers(source))
-    if not layers:
+    held = list(_held(source))
+    if not held:
         raise ValueError(
             f"{type(source).__name__} has no neuralde layer inside, nor one that attach() has seen; pass the Solution "
             "that the penalty is for"
         )
-    found = [layer.solution for layer in layers if layer.solution is not None]
+    found = [solution for solution in held if solution is not None]
     if not found:
         raise ValueError(f"no layer of {type(source).__name__} holds a solution yet; call the model first")
     return found
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    # Known by what they hold, so that layers of every kind, and users' own, count.
+def _held(model: nn.Module) -> Iterator[Solution | Recorded | None]:
+    # Layers are known by what they hold, so that those of every kind, and users' own, count.
     for module in model.modules():
-        if hasattr(module, "solution") and isinstance(module.solution, Solution | Recorded | None):
-            yield module
+        solution = getattr(module, "solution", model)
+        if isinstance(solution, Solution | Recorded | None):
+            yield solution

@@ -130,7 +130,7 @@ class JacobianFrobenius(_Along):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
-        state = solution._z0
+        state = solution._problem.field.layout.solution(solution._z0)
         device = state.device if self.generator is None else self.generator.device
         noise = torch.randn(state.shape, dtype=state.dtype, generator=self.generator, device=device).to(state.device)
         return introspection.integrate(solution, lambda *where: self._estimate(noise, *where))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -15,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from neuralde.errors import NonFiniteState
 from neuralde.introspection import Probe
+from neuralde.state import all_finite
 
 # The recordings that are open, outermost first: (the list that fills, where its times come from).
 _OPEN: contextvars.ContextVar[tuple] = contextvars.ContextVar("recordings", default=())
@@ -72,6 +73,11 @@ def wanted(f) -> bool:
     return torch.is_grad_enabled() and (f.training if isinstance(f, nn.Module) else True)
 
 
+def able(solver, figure: str | None) -> bool:
+    """Whether a step of a solver has the figure "error" or "stiffness"."""
+    return figure is None or (solver.reports_stiffness if figure == "stiffness" else solver.error_order is not None)
+
+
 @dataclass(frozen=True)
 class Place:
     """A sampled point of a solve.
@@ -92,8 +98,8 @@ class Recorded:
     Args:
         source: who made it, for messages.
         places: the sampled point for each sampling, or why there is none.
-        lens: lens(place, z, solver, able) -> the `Probe` from there, by that solver, or by the one that corresponds to
-            the library's method where it is able(solver).
+        lens: lens(place, z, solver, figure) -> the `Probe` from there, by that solver, or by the one that corresponds
+            to the library's method where it has that figure (see `able`).
         like: a tensor of the state.
 
     Attributes:
@@ -107,11 +113,8 @@ class Recorded:
         self.source, self._places, self._lens = source, places, lens
         self._states = {}  # what a place's state is as a constant: some are made when they are asked for
         self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
-        kind = like.device.type
-        enabled = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if enabled else None
-        # f is evaluated as it was in the solve, wherever the penalty is taken.
-        self._as_it_was = functools.partial(torch.autocast, kind, dtype, enabled, cache_enabled=False)
+        self._kind = like.device.type
+        self._autocast = torch.get_autocast_dtype(self._kind) if torch.is_autocast_enabled(self._kind) else None
 
     def place(self, sampling: str) -> Place:
         """The point that was sampled.
@@ -127,15 +130,14 @@ class Recorded:
             raise ValueError(f"sampling={sampling!r} can't be had of {self.source}: {place}")
         return place
 
-    def probe(
-        self, sampling: str, through_state: bool = False, solver=None, able: Callable = lambda solver: True
-    ) -> Probe:
+    def probe(self, sampling: str, through_state: bool = False, solver=None, figure: str | None = None) -> Probe:
         """The step under the lens, from the point that was sampled. See `neuralde.introspection.Probe`.
 
         Args:
             sampling: of `place`. through_state: whether gradients flow into the state there.
             solver: another method than the one that corresponds to the library's.
-            able: which solvers will do; tsit5 steps in for one that won't.
+            figure: "error" or "stiffness", the only one that is wanted: tsit5 steps in for a method without it. None:
+                those that the method has.
 
         Raises:
             ValueError: this solve has no such point, or no tape at it.
@@ -149,10 +151,15 @@ class Recorded:
                 if sampling not in self._states:
                     self._states[sampling] = place.state(False)
                 z = self._states[sampling]
-            leaves = torch.utils._pytree.tree_leaves(z)
-            if not all(bool(torch.isfinite(x).all()) for x in leaves):
+            if not all(map(all_finite, pytree.tree_leaves(z))):
                 raise NonFiniteState(f"the solution of {self.source} is not finite at t = {float(place.t):.6g}")
-            return self._lens(place, z, solver, able)
+            return self._lens(place, z, solver, figure)
+
+    def _as_it_was(self) -> contextlib.AbstractContextManager:
+        """f is evaluated as it was in the solve, wherever the penalty is taken."""
+        if self._autocast is None and not torch.is_autocast_enabled(self._kind):
+            return contextlib.nullcontext()
+        return torch.autocast(self._kind, self._autocast, self._autocast is not None, cache_enabled=False)
 
     def __repr__(self) -> str:
         return f"Recorded({self.source})"

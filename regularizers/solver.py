@@ -16,7 +16,7 @@ from neuralde.introspection import Probe
 from neuralde.solution import Solution
 
 from .base import Regularizer
-from .recorded import Recorded
+from .recorded import Recorded, able
 from .schedules import Schedule
 
 _REDUCTIONS = ("sum", "mean", "max")
@@ -108,8 +108,11 @@ class GlobalStiffness(_Global):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
-        solution.require("stiffness")
-        figure = self._reduced(solution, solution.steps.stiffness)
+        if self.reduce == "sum" and self.times_dt:
+            figure = solution.stiffness
+        else:
+            solution.require("stiffness")
+            figure = self._reduced(solution, solution.steps.stiffness)
         return figure / _stability_size(solution.solver) if self.relative else figure
 
 
@@ -159,10 +162,10 @@ class _Local(Regularizer):
     def probe(self, solution: Solution, t: Tensor) -> Probe:
         """The probe step from the solution at the times t ([batch])."""
         solver = self.solver
-        if solver is None and not self._able(solution.solver):
+        if solver is None and not able(solution.solver, self._figure):
             # As the papers' code probes a multistep solution; with noise, the default for the equation.
             solver = "tsit5" if solution.solver.kind == "ode" else introspection.default_solver(solution)
-            if not isinstance(solver, str) and not self._able(solver):
+            if not isinstance(solver, str) and not able(solver, self._figure):
                 solution.require(self._figure)
         return introspection.probe_solution(solution, t, through_state=self.through_state, solver=solver)
 
@@ -174,12 +177,9 @@ class _Local(Regularizer):
             raise ValueError(
                 f"generator: the times of {solution.source} were sampled as it was made; give record(generator=...) one"
             )
-        return solution.probe(self.sampling, self.through_state, self.solver, self._able)
+        return solution.probe(self.sampling, self.through_state, self.solver, self._figure)
 
     _figure = "error"
-
-    def _able(self, solver) -> bool:
-        return solver.error_order is not None
 
     def extra_repr(self) -> str:
         """Weight and options."""
@@ -251,9 +251,6 @@ class LocalStiffness(_Local):
         self.relative = relative
 
     _figure = "stiffness"
-
-    def _able(self, solver) -> bool:
-        return solver.reports_stiffness
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""

@@ -15,27 +15,82 @@ from torch import Tensor
 from torch.nn import functional
 
 from .taylor import Coefficient, NoTaylorRule, Series
-from .taylor_rules import RULES, at_order, made_of, rule, series
+from .taylor_rules import RULES, at_order, made_of, rule, series, square_at, total
 
 # -- functions of one number, by their differential equations ------------------------------------------------------
 
 
 def _integral(x: Series, value: Tensor, rate) -> Series:
-    """Y with dy = rate·dx: k·y_k = Σ_j j·x_j·rate_{k-j}. rate may be made of y, after this."""
+    """Y with dy = rate·dx: y_k = Σ_j binomial(k - 1, j - 1)·x_j·rate_{k-j}. rate may be made of y, after this."""
 
     def at(k: int) -> Coefficient:
-        slope = y.rate
-        pairs = [(j, x.coefficients[j], at_order(slope, k - j)) for j in range(1, k + 1)]
-        total = None
-        for j, a, b in pairs:
-            if a is not None and b is not None:
-                a = a if j == k else (j / k) * a
-                total = a * b if total is None else torch.addcmul(total, a, b)
-        return total
+        return _chain(x, k, lambda j: at_order(y.rate, j))
 
     y = series((x,), value, at)
     y.rate = rate
     return y
+
+
+def _chain(x: Series, k: int, rate: Callable[[int], Coefficient]) -> Coefficient:
+    """Coefficient k of the function of x whose derivative by it has the coefficients rate(0), ..., rate(k - 1)."""
+    found = None
+    for j in range(k, 0, -1):
+        a, b = x.coefficients[j], rate(k - j)
+        if a is None or b is None:
+            continue
+        factor = math.comb(k - 1, j - 1)
+        if found is None:
+            found = a * b if factor == 1 else factor * (a * b)
+        else:
+            found = torch.addcmul(found, a, b, value=factor)
+    return found
+
+
+def _by_polynomial(c0: float, c1: float, c2: float, *names: str):
+    """A function y of x whose derivative is c0 + c1·y + c2·y²: as `_by_value`, in few operations."""
+
+    def rule(func, args, kwargs):
+        x = args[0]
+        y = series((x,), func(x.value), lambda k: _chain(x, k, rates.at))
+        rates = _Rates(y, c0, c1, c2)
+        return y
+
+    RULES.update(dict.fromkeys(names, rule))
+
+
+class _Rates:
+    """The coefficients of c0 + c1·y + c2·y², each made when it is asked for."""
+
+    def __init__(self, y: Series, c0: float, c1: float, c2: float):
+        self.y, self.c = y, (c0, c1, c2)
+        self.known: list[Coefficient] = []
+
+    def at(self, k: int) -> Coefficient:
+        """Coefficient k, of which those before are known."""
+        while len(self.known) <= k:
+            self.known.append(self._next(len(self.known)))
+        return self.known[k]
+
+    def _next(self, k: int) -> Coefficient:
+        (c0, c1, c2), y = self.c, self.y.coefficients
+        if k == 0:
+            return _quadratic(y[0], c0, c1, c2)
+        if not c2:
+            return total([(c1, y[k])])
+        if k == 1:  # of the polynomial's derivative by y, which the next ones have, too
+            self.slope = _quadratic(y[0], c1, 2.0 * c2, 0.0)
+        linear = None if y[k] is None else self.slope * y[k]
+        return total([(1, linear), (c2, square_at(self.y, k, first=1))])
+
+
+def _quadratic(y: Tensor, c0: float, c1: float, c2: float) -> Tensor:
+    """c0 + c1·y + c2·y²."""
+    linear = y if c1 == 1 else c1 * y if c1 else None
+    if c2 and c0:
+        found = torch.addcmul(y.new_full((), c0), y, y, value=c2)
+        return found if linear is None else found + linear
+    found = linear if not c2 else total([(c2, y * y), (1, linear)])
+    return found + c0 if c0 else found
 
 
 def _by_value(rate: Callable, *names: str):
@@ -56,14 +111,14 @@ def _by_argument(rate: Callable, *names: str):
     )
 
 
-_by_value(lambda y: y, "exp")
-_by_value(lambda y: math.log(2.0) * y, "exp2", "special_exp2")
-_by_value(lambda y: y + 1.0, "expm1", "special_expm1")
-_by_value(lambda y: 1.0 - y * y, "tanh")
-_by_value(lambda y: 1.0 + y * y, "tan")
-_by_value(lambda y: y - y * y, "sigmoid", "special_expit")
+_by_polynomial(0.0, 1.0, 0.0, "exp")
+_by_polynomial(0.0, math.log(2.0), 0.0, "exp2", "special_exp2")
+_by_polynomial(1.0, 1.0, 0.0, "expm1", "special_expm1")
+_by_polynomial(1.0, 0.0, -1.0, "tanh")
+_by_polynomial(1.0, 0.0, 1.0, "tan")
+_by_polynomial(0.0, 1.0, -1.0, "sigmoid", "special_expit")
+_by_polynomial(0.0, 0.0, -1.0, "reciprocal")
 _by_value(lambda y: 0.5 / y, "sqrt")
-_by_value(lambda y: -(y * y), "reciprocal")
 _by_value(lambda y: -0.5 * (y * y * y), "rsqrt")
 _by_argument(lambda x: 1.0 / x, "log")
 _by_argument(lambda x: 1.0 / (math.log(2.0) * x), "log2")

@@ -10,7 +10,8 @@ Source of the recurrences: Griewank & Walther 2008, Evaluating Derivatives, tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ RULES: dict[str, Callable] = {}
 # What Python's operators call. Conversions to numbers (__float__, __bool__, ...) are none of these: they have no rule.
 _OPERATOR_NAMES = """
     add radd sub rsub mul rmul matmul rmatmul truediv rtruediv div rdiv pow rpow neg pos abs
-    eq ne lt le gt ge getitem iter len repr format
+    eq ne lt le gt ge getitem iter repr format
 """
 _OPERATORS = {f"__{name}__": name for name in _OPERATOR_NAMES.split()}
 
@@ -119,12 +120,25 @@ def at_order(x, k: int) -> Coefficient:
     return x if k == 0 else None
 
 
-def _sum(terms: list[Coefficient]) -> Coefficient:
-    total = None
-    for term in terms:
-        if term is not None:
-            total = term if total is None else total + term
-    return total
+def total(terms: Iterable[tuple[int, Coefficient]]) -> Coefficient:
+    """Σ factor·term."""
+    found = None
+    for factor, term in terms:
+        if found is not None and term is not None:
+            found = torch.add(found, term, alpha=factor)
+        elif term is not None:
+            found = term if factor == 1 else factor * term
+    return found
+
+
+def leibniz(k: int, a: Series, b: Series, product: Callable = torch.mul, first: int = 0) -> Coefficient:
+    """Coefficient k of a product, of the terms with a's coefficients from the first one on."""
+    terms = []
+    for i in range(first, k + 1):
+        x, y = a.coefficients[i], b.coefficients[k - i]
+        if x is not None and y is not None:
+            terms.append((math.comb(k, i), product(x, y)))
+    return total(terms)
 
 
 def series(operands, value, rule: Callable[[int], Coefficient]) -> Series:
@@ -175,6 +189,8 @@ def _linear(func, args, kwargs):
             return func(*args, **kwargs)
 
     value = call(_value)
+    if len(operands) == 1 and value is operands[0].value:  # to a dtype that it has, contiguous, ...
+        return operands[0]
     memo: dict[int, object] = {}
 
     def at(k: int):
@@ -284,11 +300,8 @@ def _add(func, args, kwargs):
     value = torch.add(_tensor(_value(a), b), _value(b), alpha=sign)
 
     def at(k: int) -> Coefficient:
-        x, y = at_order(a, k), at_order(b, k)
-        if y is not None and sign != 1:
-            y = sign * y
-        total = _sum([x, y])
-        return None if total is None else total.expand(value.shape)
+        found = total([(1, at_order(a, k)), (sign, at_order(b, k))])
+        return None if found is None else found.expand(value.shape)
 
     return series((a, b), value, at)
 
@@ -298,25 +311,31 @@ def _tensor(x, like):
     return x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=_value(like).dtype, device=_value(like).device)
 
 
-def _bilinear(product: Callable, a, b, elementwise: bool = False) -> Series:
-    """Σ_i product(a_i, b_{k-i})."""
+def _bilinear(product: Callable, a, b, value: Tensor | None = None, elementwise: bool = False) -> Series:
+    """Σ_i binomial(k, i)·product(a_i, b_{k-i}).
+
+    Args:
+        value: of the result, where it is not product(a_0, b_0).
+    """
 
     def at(k: int) -> Coefficient:
         if not isinstance(b, Series):
-            return None if at_order(a, k) is None else product(at_order(a, k), b)
+            return None if a.coefficients[k] is None else product(a.coefficients[k], b)
         if not isinstance(a, Series):
-            return None if at_order(b, k) is None else product(a, at_order(b, k))
-        pairs = [(at_order(a, i), at_order(b, k - i)) for i in range(k + 1)]
-        return _sum([product(x, y) for x, y in pairs if x is not None and y is not None])
+            return None if b.coefficients[k] is None else product(a, b.coefficients[k])
+        return square_at(a, k) if a is b and elementwise else leibniz(k, a, b, product)
 
-    def square(k: int) -> Coefficient:
-        pairs = [(a.coefficients[i], a.coefficients[k - i]) for i in range((k + 1) // 2)]
-        total = _sum([x * y for x, y in pairs if x is not None and y is not None])
-        middle = None if k % 2 else a.coefficients[k // 2]
-        return _sum([None if total is None else 2.0 * total, None if middle is None else middle * middle])
+    return series((a, b), product(_value(a), _value(b)) if value is None else value, at)
 
-    rule = square if a is b and elementwise else at
-    return series((a, b), product(_value(a), _value(b)), rule)
+
+def square_at(x: Series, k: int, first: int = 0) -> Coefficient:
+    """Coefficient k of x·x, of the terms where both have coefficients from the first one on."""
+    terms = []
+    for i in range(first, k // 2 + 1):
+        a, b = x.coefficients[i], x.coefficients[k - i]
+        if a is not None and b is not None:
+            terms.append((math.comb(k, i) * (1 if 2 * i == k else 2), a * b))
+    return total(terms)
 
 
 @rule(
@@ -338,7 +357,7 @@ def _bilinear(product: Callable, a, b, elementwise: bool = False) -> Series:
 def _product(func, args, kwargs):
     a, b, *rest = args
     elementwise = func.__name__.strip("_") in ("mul", "rmul", "multiply")
-    return _bilinear(lambda x, y: func(x, y, *rest, **kwargs), a, b, elementwise)
+    return _bilinear(lambda x, y: func(x, y, *rest, **kwargs), a, b, elementwise=elementwise)
 
 
 @rule("einsum")
@@ -372,10 +391,8 @@ def _affine(func, args, kwargs):
     def affine(input, weight, bias=None, *rest, **options):
         if isinstance(bias, Series):
             raise NoTaylorRule(f"{func.__name__} with a bias that depends on the state")
-        made = _bilinear(lambda x, w: func(x, w, None, *rest, **options), input, weight)
-        # The value is f's own, whose rounding errors are another's.
-        made.coefficients[0] = func(_value(input), _value(weight), bias, *rest, **options)
-        return made
+        value = func(_value(input), _value(weight), bias, *rest, **options)
+        return _bilinear(lambda x, w: func(x, w, None, *rest, **options), input, weight, value)
 
     return affine(*args, **kwargs)
 
@@ -391,9 +408,7 @@ def _div(func, args, kwargs):
     quotient = series((a, b), value, lambda k: at(k))
 
     def at(k: int) -> Coefficient:
-        pairs = [(at_order(b, j), quotient.coefficients[k - j]) for j in range(1, k + 1)]
-        rest = _sum([x * q for x, q in pairs if x is not None and q is not None])
-        top = _sum([at_order(a, k), None if rest is None else -rest])
+        top = total([(1, at_order(a, k)), (-1, leibniz(k, b, quotient, first=1))])
         return None if top is None else (top / b.value).expand(value.shape)
 
     return quotient
@@ -402,8 +417,8 @@ def _div(func, args, kwargs):
 # -- what does not change in time, or only in jumps ----------------------------------------------------------------
 
 _CONSTANT = """
-    size dim numel nelement ndimension stride element_size is_contiguous is_floating_point is_complex is_same_size
-    get_device result_type len repr format
+    numel nelement ndimension stride element_size is_contiguous is_floating_point is_complex is_same_size
+    get_device result_type repr format
     eq ne lt le gt ge equal allclose isclose isnan isinf isfinite isreal logical_not logical_and logical_or any all
     argmax argmin argsort searchsorted bucketize nonzero count_nonzero
     floor ceil round trunc sign sgn heaviside

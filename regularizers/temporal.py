@@ -19,9 +19,10 @@ class Steer(Regularizer):
     """Ends training's solves at a random time: t1 ~ U(t1 - b, t1 + b).
 
     It is no term of the loss, its value is 0: it acts on the solves. `steer.prepare(model)` sets it to work on the
-    neuralde layers inside of a model, from their next call on, while they are in training mode; in eval mode they
-    solve to where they always did. Called as a penalty, on its own or in a sum, it does that too, so that in a training
-    loop without `prepare` only the first step is made with the layer's own times. One time is drawn per solve.
+    layers inside of a model (neuralde's `NeuralODE`, and torchdyn's that `attach` has seen), from their next call on,
+    while they are in training mode; in eval mode they solve to where they always did. Called as a penalty, on its own
+    or in a sum, it does that too, so that in a training loop without `prepare` only the first step is made with the
+    layer's own times. One time is drawn per solve.
 
     Where a solve has output times, every one after the first is drawn, around where it was; what is compared with data
     there stays. Elsewhere, torchdiffeq's functions for one, ask for the times: `odeint(f, z0, steer.sample(t))`.
@@ -62,8 +63,8 @@ class Steer(Regularizer):
         layers = [module for module in model.modules() if hasattr(module, "draw_times")]
         if not layers:
             raise ValueError(
-                f"{type(model).__name__} has no neuralde layer inside whose times could be drawn; hand "
-                "steer.sample(t) to the solver"
+                f"{type(model).__name__} has no layer inside whose times could be drawn (neuralde's NeuralODE, and "
+                "torchdyn's after regularizers.attach(model)); hand steer.sample(t) to the solver"
             )
         for layer in layers:
             layer.draw_times = self.sample  # a method: a Module would enter the layer's state_dict

@@ -13,6 +13,7 @@ torchdiffeq's callbacks, and the one around that time is made once more, without
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import threading
@@ -23,10 +24,12 @@ import torchdiffeq
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import neuralde as nde
+from neuralde import introspection
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 
-from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
 
@@ -248,12 +251,28 @@ class _Solve:
             )
         return pytree.tree_map(lambda y: y[1], ys)
 
-    def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
-        if solver is None and (self.solver is None or not able(self.solver)):
-            solver = "tsit5"
+    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
+        if solver is None:
+            solver = self.solver if self.solver is not None and able(self.solver, figure) else "tsit5"
+        solver = nde.solvers.get(solver)
+        if place.dt is not None and self._plain(z, solver):
+            found = introspection.probe_step(
+                self._field, place.t, z, place.dt, solver, **self.tolerances, figure=figure
+            )
+            figures = {name: getattr(found, name) for name in ("error", "raw_error", "stiffness")}
+            return dataclasses.replace(found, **{name: x if x is None else x[:1] for name, x in figures.items()})
+        how = {"method": self.method, "options": self.options, **self.tolerances}
         ends = {"dt": place.dt, "t1": None if place.dt is not None else self.t.detach()[-1]}
-        how = {"method": self.method, "options": self.options, **self.tolerances, **ends}
-        return interop.probe(self.func, place.t, z, solver=solver, **how)
+        return interop.probe(self.func, place.t, z, solver=solver, **how, **ends)
+
+    def _plain(self, z, solver: nde.solvers.Solver) -> bool:
+        """Whether the state can be a batch, with one step and one norm, which is quicker than to be one sample."""
+        numbers = all(isinstance(x, float | int) for x in self.tolerances.values())
+        batch = isinstance(z, Tensor) and z.dim() > 0 and not solver.linearizes  # func may mix its rows
+        return numbers and batch and "norm" not in self.options
+
+    def _field(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.func(t, y).to(y.dtype)
 
 
 class _Ends:

@@ -10,19 +10,19 @@ import contextlib
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import neuralde as nde
-from neuralde import solvers
+from neuralde import introspection, solvers
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 from neuralde.solvers import Solver
 
-from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
 _SOLVERS = {
@@ -53,6 +53,8 @@ def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
     for layer, forward, trajectory in made:  # all or none
         # Attributes of the object go before those of its class, and are copied and pickled with it.
         layer.forward, layer.trajectory, layer.solution = forward, trajectory, None
+        if not isinstance(forward, _WatchedSDE):
+            layer.draw_times = getattr(layer, "draw_times", None)  # see `Steer`
     return bool(made)
 
 
@@ -77,16 +79,31 @@ class _Call:
         """What the layer's class does."""
         return getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
 
+    def times(self, t_span: Tensor | None, save_at) -> Tensor | None:
+        """A NeuralODE's t_span, or what `Steer` draws in its place in training mode."""
+        layer = self.layer
+        if not layer.training or layer.draw_times is None:
+            return t_span
+        if len(save_at):
+            raise ValueError(
+                "Steer draws the times of a solve in training mode, and save_at names some of those that it had: leave "
+                "save_at out, and take the rows of the result"
+            )
+        if t_span is None:
+            t_span = torch.linspace(0, 1, 2) if layer.t_span is None else layer.t_span  # torchdyn's default
+        return layer.draw_times(t_span)
+
 
 class _Watched(_Call):
     """forward or trajectory of a NeuralODE, watched."""
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x, t_span=None, *args, **kwargs):
         layer = self.layer
         layer.solution = None  # lets go of the last call's graph before this one's is built
         like = pytree.tree_leaves(x)[0]
+        t_span = self.times(t_span, args[0] if args else kwargs.get("save_at", ()))
         if not wanted(layer):
-            result = self.original(x, *args, **kwargs)
+            result = self.original(x, t_span, *args, **kwargs)
             layer.solution = keep(Skipped("torchdyn's NeuralODE", like))
             return result
         eye = _Eye(layer.solver, draws())
@@ -94,7 +111,7 @@ class _Watched(_Call):
         # Found before the registered Module of that name; another layer that shares the solver does not see it.
         layer.__dict__["solver"] = eye
         try:
-            result = self.original(x, *args, **kwargs)
+            result = self.original(x, t_span, *args, **kwargs)
         finally:
             del layer.__dict__["solver"]
             if own is not None:
@@ -112,7 +129,9 @@ class _Eye:
         solver: what steps. drawn: of `draws`.
 
     Attributes:
-        passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve.
+        passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve. The
+            state of each is (x, the slope there or None, (t, dt) as they are on the tape), with the slopes of its
+            stages where the solver shows them.
         at: a time drawn uniformly on the horizon, [], likewise.
         f, args: what is stepped.
     """
@@ -140,11 +159,12 @@ class _Eye:
 
     def step(self, f, x, t, dt, k1=None, args=None):
         """The solver's."""
+        made = self._solver.step(f, x, t, dt, k1=k1, args=args)
         if self._open:
             if self._attempt is not None and self._attempt[0] is not t:  # a rejected one is repeated from the same t
                 self.passing.add(*self._attempt)
-            self._attempt, self.f, self.args = (t, (x, k1), dt), f, args
-        return self._solver.step(f, x, t, dt, k1=k1, args=args)
+            self._attempt, self.f, self.args = (t, (x, k1, (t, dt), *made[3:]), dt), f, args
+        return made
 
     def close(self):
         """The solve is over: the last attempt was accepted, and what a backward pass makes is not looked at."""
@@ -164,7 +184,7 @@ class _Solve:
         self.layer, self.solver, self.taped = layer, solver, taped
         self.f, self.args, self.passing, self.at = eye.f, eye.args, eye.passing, eye.at
         self.direction = 1 if eye.f is layer.vf else -1
-        self.left = [(m, name, getattr(m, name)) for m in layer.vf.modules() for name in _LEFT if hasattr(m, name)]
+        self.left = [(m, name, vars(m)[name]) for m in layer.vf.modules() for name in _LEFT if name in vars(m)]
         self.rtol, self.atol = float(layer.rtol), float(layer.atol)
 
     def recorded(self, like: Tensor) -> Recorded:
@@ -188,31 +208,32 @@ class _Solve:
         return x if through else pytree.tree_map(torch.detach, x)
 
     def _inside(self, start: tuple, through: bool):
-        """The state inside of a step: torchdyn has it by a shorter step, as at its output times."""
-        t, (x, k1), _ = start
-        x, k1 = self._constant(x, through), k1 if through or k1 is None else k1.detach()
-        part = (self.at - t.detach()).reshape(t.shape)
+        """The state inside of a step, by the interpolant of its method, or by a shorter step, torchdyn's own way."""
+        t, (x, k1, taped, *stages), dt = start
+        # torchdyn's steps are functions of the state: where a step starts moves with it, and the sampled time does not.
+        x, (t, dt) = self._constant(x, through), taped if through else (t, dt)
+        part = (self.at - t).reshape(t.shape)
         if not bool(part > 0):
             return x
+        tableau = getattr(_SOLVERS.get(type(self.solver).__name__), "tableau", None)
+        if stages and tableau is not None and tableau.interpolant is not None:
+            dt, part = (dt, part) if through else (float(dt), float(part))
+            for row, slope in zip(tableau.interpolant, stages[0], strict=True):
+                weight = dt * sum(rate * (part / dt) ** power for power, rate in enumerate(row, start=1))
+                x = x + weight * slope if through else torch.add(x, slope.detach(), alpha=weight)
+            return x
+        k1 = k1 if through or k1 is None else k1.detach()
         with torch.set_grad_enabled(through and torch.is_grad_enabled()), _as_left(self.left):
-            return self.solver.step(self.f, x, t.detach(), part, k1=k1, args=self.args)[1]
+            return self.solver.step(self.f, x, t, part, k1=k1, args=self.args)[1]
 
-    def _lens(self, place: Place, z, solver, able: Callable) -> Probe:
-        if solver is None:
-            own = method_of(self.solver)
-            solver = own if able(own) else "tsit5"
-        shape, vf = self.passing.around[0].shape, self.layer.vf
+    def _field(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.layer.vf(t.reshape(self.passing.around[0].shape), z)
+
+    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
+        own = method_of(self.solver) if solver is None else solvers.get(solver)
+        own = own if solver is not None or able(own, figure) else solvers.get("tsit5")
         with _as_left(self.left):
-            return nde.probe(
-                lambda t, z: vf(t.reshape(shape), z),
-                place.t,
-                z,
-                place.dt,
-                solver=solver,
-                rtol=self.rtol,
-                atol=self.atol,
-                control="joint",
-            )
+            return introspection.probe_step(self._field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
 
 
 @contextlib.contextmanager
@@ -273,7 +294,7 @@ class _Swapped(_Call):
         """As the layer's method; neither of torchdyn's and our steps has a use for args."""
         layer = self.layer
         layer.solution = None
-        x, t_span = layer._prep_integration(x, t_span)
+        x, t_span = layer._prep_integration(x, self.times(t_span, save_at))
         t_span = t_span.to(pytree.tree_leaves(x)[0].device)
         solution = nde.solve(nde.ODE(layer.vf), x, t_span, **self._how(t_span.detach()))
         solution.__class__ = _Last

@@ -27,7 +27,7 @@ from neuralde import solvers
 from neuralde.control import rms
 from neuralde.introspection import Probe
 
-from .recorded import Passing, Place, Recorded, Skipped, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
 __all__ = ["sdeint", "sdeint_adjoint"]
 
@@ -177,9 +177,9 @@ class _Watch:
             )
         return y if through else y.detach()
 
-    def _lens(self, place: Place, y: Tensor, solver, able: Callable) -> Probe:
-        if not able(_Estimate) or not (solver is None or solver in _METHODS):
-            return self._by_neuralde(place, y, solver, able)
+    def _lens(self, place: Place, y: Tensor, solver, figure: str | None) -> Probe:
+        if not able(_Estimate, figure) or not (solver is None or solver in _METHODS):
+            return self._by_neuralde(place, y, solver, figure)
         method, how = solver or self.method, self.how
         t, dt = place.t, torch.as_tensor(place.dt).to(place.t)
         noise = torchsde.BrownianInterval(
@@ -219,7 +219,7 @@ class _Watch:
             method,
         )
 
-    def _by_neuralde(self, place: Place, y: Tensor, solver, able: Callable) -> Probe:
+    def _by_neuralde(self, place: Place, y: Tensor, solver, figure: str | None) -> Probe:
         """The step by a solver of ours, where torchsde's method does not report what is asked for."""
         how = self.how
         sde, names = how["sde"], how["names"] or {}
@@ -228,7 +228,7 @@ class _Watch:
             raise ValueError(f"a step of {self.source} by a solver of neuralde's needs the SDE's own f and g")
         equation = nde.SDE(f, g, sde.noise_type, sde.sde_type)
         solver = solvers.for_sde(solver, equation)
-        if not able(solver):
+        if not able(solver, figure):
             raise ValueError(
                 f"{self.source} has no stiffness estimate, nor has {solver.name!r}, which solves this SDE here; "
                 "LocalError has what it needs"

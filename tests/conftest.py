@@ -41,7 +41,10 @@ def pytest_collection_modifyitems(items):
             given, where = item.callspec.params, item.path.name
             if given.get("adjoint") in _LIKE_BACKSOLVE and where != "test_continuous_adjoints.py":
                 item.add_marker(pytest.mark.slow)
-            if given.get("solver") in _LIKE_RK4 and len(given) > 1 and where not in _NUMBERS:
+            noisy = (
+                "sense" in given and not {"control", "adjoint"} & given.keys()
+            )  # methods for SDEs have these names too
+            if given.get("solver") in _LIKE_RK4 and len(given) > 1 and where not in _NUMBERS and not noisy:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -123,6 +123,16 @@ def test_gradients_through_the_state():
     ours(x, SPANS["forwards"])
     whole = reg.LocalError(through_state=True)(ours)
     assert bool(torch.autograd.grad(whole, x, retain_graph=True)[0].any())
+    # The state at a fixed time, whose gradient is that of the solution itself, however the steps move.
+    for solver in SOLVERS[:2]:
+        ours = reg.attach(layer(solver, atol=1e-8, rtol=1e-8))
+        ours(x, SPANS["forwards"])
+        place = ours.solution.place("unbiased")
+        exact = nde.solve(nde.ODE(ours.vf), x, (0.0, float(place.t)), control="joint", rtol=1e-10, atol=1e-10).final
+        found, expected = (torch.autograd.grad(z.sum(), x)[0] for z in (place.state(True), exact))
+        close(found, expected, 1e-5)
+    ours = reg.attach(layer())
+    ours(x, SPANS["forwards"])
     assert torch.autograd.grad(reg.LocalError()(ours), x, allow_unused=True)[0] is None
     ours = reg.attach(layer(sensitivity="adjoint"))
     ours(x, SPANS["forwards"])
@@ -140,6 +150,28 @@ def test_data_control_of_an_earlier_call():
     control = ours.vf.vf.vf[0]._control
     assert torch.equal(reg.LocalError()(solutions[0]), first)
     assert ours.vf.vf.vf[0]._control is control
+
+
+@pytest.mark.parametrize("engine", [None, "neuralde"])
+@pytest.mark.parametrize(("solver", "sensitivity"), [("dopri5", "autograd"), ("tsit5", "adjoint"), ("rk4", "autograd")])
+def test_steer(solver, sensitivity, engine):
+    """In training a layer solves to the times drawn, in eval mode to its own; a penalty beside it is of that solve."""
+    ours, theirs = reg.attach(layer(solver, sensitivity), engine), layer(solver, sensitivity)
+    plain = theirs if engine is None else reg.attach(layer(solver, sensitivity), engine)
+    steer, mirror = (reg.Steer(0.2, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    with refused(ValueError, "attach", "steer.sample"):
+        reg.Steer().prepare(theirs)
+    penalty = (steer + reg.LocalError()).prepare(ours)
+    for span in (SPANS["forwards"], SPANS["backwards"], None):
+        drawn = mirror.sample(torch.linspace(0, 1, 2) if span is None else span)
+        t, zs = ours(start(), span)
+        # torchdyn gives the times of a solve backwards as it counts them.
+        assert torch.equal(t.abs(), drawn) and torch.equal(zs, plain(start(), drawn)[1])
+        assert float(penalty(ours).detach()) > 0
+    with refused(ValueError, "save_at"):
+        ours(start(), SPANS["forwards"], save_at=SPANS["forwards"][1:])
+    t, zs = ours.eval()(start(), SPANS["forwards"])
+    assert torch.equal(t, SPANS["forwards"]) and torch.equal(zs, plain(start(), SPANS["forwards"])[1])
 
 
 def test_models():

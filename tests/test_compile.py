@@ -17,6 +17,7 @@ from torch import nn
 
 import neuralde as nde
 import regularizers as reg
+from neuralde.compiled import decompositions, records
 from neuralde.solvers.runge_kutta import RungeKutta
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -442,3 +443,42 @@ def test_compile_turns_the_option_on():
         nde.compile("model")
     with refused(TypeError, "compile must be True or False"):
         nde.solve(nde.ODE(F_PLAIN), Z0, (0.0, 1.0), compile="yes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(64, 2, 50), (64, 50, 2), (2, 64, 50), (1, 1, 1), (3, 128, 4)], ids=str)
+def test_thin_products(dtype, shape):
+    rows, terms, columns = shape
+    x, y = torch.randn(rows, terms, dtype=dtype), torch.randn(columns, terms, dtype=dtype).t()
+    bias = torch.randn(columns, dtype=dtype)
+    mm, addmm = (decompositions.table()[op] for op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default))
+    scale = torch.finfo(dtype).eps * (x.abs() @ y.abs() + bias.abs())
+    assert ((mm(x, y) - x @ y).abs() <= terms * scale).all()
+    assert ((addmm(bias, x, y) - (bias + x @ y)).abs() <= terms * scale).all()
+
+
+def test_other_products_are_left_to_the_library():
+    x, y = torch.randn(8, 200), torch.randn(200, 2)
+    addmm = decompositions.table()[torch.ops.aten.addmm.default]
+    assert addmm(torch.zeros(2), x, y) is NotImplemented  # more terms than pay
+    assert addmm(torch.zeros(50), x[:, :2], torch.randn(2, 50), beta=2) is NotImplemented
+
+
+def test_the_integrals_of_figures_are_one_node():
+    figures = torch.rand(5, 3, 2, dtype=torch.float64) + 0.5
+    figures[1, 2, 0] = 0.0  # a step that did not move: its stiffness counts as 0
+    taken = torch.tensor([[True, True], [True, False], [False, True], [True, True], [True, True]])
+    sizes = torch.rand(5, 2, dtype=torch.float64)
+    figures[2, :, 0] = torch.nan  # a rejected attempt's
+
+    def sums(free):
+        at = figures.clone().index_put((torch.tensor([0, 3, 4]),), free)
+        return records._Integrals.apply(at, sizes, taken, True, True)
+
+    free = figures[[0, 3, 4]].requires_grad_()
+    error, stiffness = sums(free)
+    steps = torch.where(taken, figures[:, 0] * sizes, 0.0)
+    close(error, steps.sum(dim=0), 1e-12)
+    ratios = torch.where(taken & (figures[:, 2] != 0), figures[:, 1] / figures[:, 2], 0.0)
+    close(stiffness, ratios.sum(dim=0), 1e-12)
+    assert torch.autograd.gradcheck(sums, free) and torch.autograd.gradgradcheck(sums, free)

@@ -333,10 +333,7 @@ EXPRESSIONS = {
         "fit(F.pad(z, (1, 1), value=2.0)) * z",
         "fit(F.pad(z[None], (1, 1), mode='circular'))",
     ],
-    "size": ["z * z.size(1)"],
-    "dim": ["z * z.dim()"],
     "numel": ["z * z.numel()"],
-    "len": ["z * len(z)"],
     "is_floating_point": ["z * z.is_floating_point()"],
     "eq": ["torch.where(z == 0, t, z)"],
     "ne": ["torch.where(z != 0, t, z)"],
@@ -409,6 +406,8 @@ SAME = [
     ("detach", "z.detach() * z", "z * z"),
     ("getitem", "fit(z.T) + fit(z.mT) + {z: z * z}[z]", "2 * fit(z.t()) + z * z"),
     ("mul", "torch.nn.Identity()(z) * z", "z * z"),
+    ("mul", "z.size(1) * z.size()[0] * z.shape[-1] * z", "48 * z"),
+    ("mul", "z.dim() * z.ndim * len(z) * z", "12 * z"),
 ]
 
 

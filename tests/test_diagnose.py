@@ -11,8 +11,8 @@ from problems import van_der_pol
 from torch import nn
 
 import neuralde as nde
-from neuralde.diagnose import find_jump
 from neuralde.experiments import cli
+from neuralde.findings import find_jump
 
 
 def ones(batch=3, d=1):
@@ -273,3 +273,20 @@ def test_a_program_that_fails_is_one_line(program, capsys):
     program.write_text("raise KeyError('no such thing')")
     assert cli.main(["diagnose", f"{program}:model"]) == 1
     assert capsys.readouterr().err == f"neuralde diagnose: {program} failed: KeyError: 'no such thing'\n"
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("method", ["sosri2", "reversible_heun"])
+def test_a_neural_sde(method, control):
+    """A stiff drift: what helps is a penalty, and no method that SDEs don't have."""
+    sense = nde.solvers.SDE_SOLVERS[method].sde_types[0]
+    how = {"solver": method, "control": control, "rtol": 0.3, "atol": 0.3, "seed": 1, "sde_type": sense}
+    rate = 400.0 if method == "sosri2" else 1.0
+    layer = nde.NeuralSDE(lambda t, z: rate * (torch.cos(t) - z), lambda t, z: 0.01 * z, **how)
+    diagnosis = nde.diagnose(layer, ones(3, 2), show=False)
+    (found,) = diagnosis.layers
+    assert found.nfe > 0 and 0 < found.f_share < 1
+    stiff = [finding for finding in diagnosis.findings if finding.kind == "stiff"]
+    assert bool(stiff) is (method == "sosri2")
+    for finding in stiff:
+        assert "LocalStiffness" in finding.advice and "rodas5p" not in finding.advice

@@ -166,9 +166,9 @@ def test_of_an_ode():
 @pytest.mark.parametrize("damping", [1.0, 0.5])
 @pytest.mark.parametrize("control", ["per_sample", "joint"])
 def test_discrete_is_euler(damping, control):
-    """Step by step, figure by figure, to the last bit."""
+    """Step by step, figure by figure, to the last bit; the observer keeps the iteration in the loop of the ODEs."""
     f, x = Map(), inputs()
-    given = {"args": x, "control": control, "rtol": 1e-6, "dense": True}
+    given = {"args": x, "control": control, "rtol": 1e-6, "dense": True, "observer": object()}
     one = nde.solve(nde.SteadyState(f), zeros(), solver=nde.solvers.FixedPoint(damping), **given)
     other = nde.solve(nde.SteadyState(f), zeros(), solver="euler", dt0=damping, **given)
     assert torch.equal(one.steps.mask, other.steps.mask)
@@ -181,6 +181,45 @@ def test_discrete_is_euler(damping, control):
         rows = one.steps.mask[j]
         torch.testing.assert_close(one.steps.z[j][rows], z[rows], rtol=1e-14, atol=1e-14)
         z = z + damping * (f(z, x) - z)
+
+
+class Awkward(torch.nn.Module):
+    """Samples that come to rest fast, slowly and not at all; one runs away, one meets NaN, one starts with it."""
+
+    RATES = (0.5, -0.9, 0.97, 0.2, 2.0, 0.99, 0.3)
+
+    def forward(self, z, x):
+        rate = x[:, :1]
+        value = rate * z + x
+        value = torch.where((rate == 0.99) & (z.abs() > 1.2), float("nan"), value)
+        return torch.where(rate == 0.3, float("nan"), value) if z.isfinite().all() else value
+
+
+@pytest.mark.parametrize("solver", EQUILIBRIUM)
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize("rates", [Awkward.RATES, (0.5, -0.9, 0.97, 0.2, 0.0)])
+def test_the_iterations_own_loop_does_what_the_general_one_does(solver, control, best, rates):
+    x = torch.tensor(rates, dtype=torch.float64)[:, None] * torch.ones(1, 3, dtype=torch.float64)
+    x = x.repeat(3, 1)  # all of a kind end at the same step, and the batch is compacted twice
+    termination = nde.Termination(best=best, rtol=1e-6, divergence=1e3, patience=12)
+    given = {"args": x, "control": control, "max_steps": 150, "termination": termination, "on_failure": "ignore"}
+    z0 = torch.full_like(x, 0.1)
+    own, general = (
+        nde.solve(nde.SteadyState(Awkward()), z0, solver=solver, observer=observer, dense=True, **given)
+        for observer in (None, object())
+    )
+    assert torch.equal(own.status, general.status)
+    for name in ("nfe", "accepted", "rejected", "linear_solves"):
+        assert torch.equal(getattr(own.stats, name), getattr(general.stats, name)), name
+    fine = own.usable | torch.tensor(best)  # of a lost sample the general loop has lost the last state too
+    for name in ("final", "residual"):
+        found, wanted = (getattr(x, name)[fine] for x in (own, general))
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12, equal_nan=True)
+    assert torch.equal(own.steps.mask, general.steps.mask)
+    for name in ("t", "dt", "residual", "z"):
+        found, wanted = (getattr(x.steps, name)[x.steps.mask] for x in (own, general))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_an_horizon_of_the_same_equation():

@@ -71,7 +71,8 @@ def test_torchsde_runs_ours(solver, noise, sense):
     if solver in torchsde.settings.METHODS:  # a method of theirs as one of ours: through the class
         forward = torchsde._core.base_sde.ForwardSDE(sde)
         made = kind(sde=forward, bm=interval(sde), dt=0.125, adaptive=False, rtol=1, atol=1, dt_min=1e-5, options={})
-        ys, _ = made.integrate(start(), torch.tensor([0.0, 1.0]).double(), ())
+        ts = torch.tensor([0.0, 1.0]).double()
+        ys, _ = made.integrate(start(), ts, made.init_extra_solver_state(ts[0], start()))
     else:
         ys = sdeint(sde, start(), [0.0, 1.0], bm=interval(sde), method=solver, dt=0.125)
     torch.testing.assert_close(ys[-1], ours.final, rtol=0, atol=1e-12)

@@ -154,7 +154,7 @@ def test_as_a_penalty():
         reg.Steer()(model[0].solution)
     with refused(TypeError, "Solution", "int"):
         steer(3)
-    with refused(ValueError, "no neuralde layer"):
+    with refused(ValueError, "no layer", "attach"):
         steer.prepare(nn.Linear(2, 2))
     with refused(TypeError, "layer"):
         steer.prepare(3)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..control import StepControl
+from ..equations import SDE
 from ..grid import Grid
 from ..problem import Problem
 from ..solvers import Solver
@@ -82,6 +83,14 @@ class Adjoint(abc.ABC):
     @abc.abstractmethod
     def solve(self, problem: Problem, z0: Tensor) -> Outcome:
         """Solves from z0 ([batch, features], in the working dtype), with gradients if grad mode is on."""
+
+    def require_noisy(self, equation: SDE, control: StepControl) -> None:
+        """Raises ValueError if it can't differentiate a solve of that SDE."""
+        if not self.exact:
+            raise ValueError(
+                f"adjoint={self.name!r} solves the adjoint equation of an ODE backwards; for SDEs use 'checkpointed' "
+                "or 'direct', whose gradients are exact, or, in the sense of Stratonovich, 'backsolve'"
+            )
 
     def require(self, solver: Solver, control: StepControl, dt0: float | None) -> None:  # noqa: B027  (most can)
         """Raises ValueError if it can't differentiate a solve of that kind, known before there is anything to solve.

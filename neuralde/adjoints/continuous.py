@@ -43,6 +43,7 @@ from ..trajectory import Counts, Trajectory
 from .base import Adjoint, Outcome, packed, plain, states_of
 from .binomial import limited
 from .dependencies import Dependencies, added, complain_of_change
+from .stochastic import StochasticBackward
 
 
 class Continuous(Adjoint):
@@ -90,7 +91,8 @@ class Continuous(Adjoint):
         outcome.final, outcome.interior = final, interior
         outcome.backward = lambda: run.backward
         if states is None:
-            message = _LOST.format(adjoint=self)
+            others = "'checkpointed'" if problem.noisy else "'interpolating' or 'checkpointed'"
+            message = _LOST.format(adjoint=self, others=others)
             outcome.lost = functools.partial(without_gradient, like=final, message=message)
         else:
             outcome.states = packed(states, run.trajectory)
@@ -185,7 +187,7 @@ class Continuous(Adjoint):
 _LOST = (
     "adjoint {adjoint} does not keep the states of the steps, so what is made from them, solution(t), steps.z or a "
     "figure of introspection.measure, has no gradient; give solve the times that you need in t, or use "
-    "adjoint='interpolating' or 'checkpointed' without checkpoints, or 'direct'"
+    "adjoint={others} without checkpoints, or 'direct'"
 )
 
 
@@ -240,7 +242,8 @@ class _Solve(torch.autograd.Function):
             )
         run.uses.require_same_f()
         with full_precision(z0.device), run.uses.followed():
-            work = Backward(run.adjoint, run.problem, run.uses, run.plan, run.trajectory, z0)
+            kind = StochasticBackward if run.problem.noisy else Backward
+            work = kind(run.adjoint, run.problem, run.uses, run.plan, run.trajectory, z0)
             gradients = work.run(*cotangents)
         run.backward = work.counts
         return None, *gradients

@@ -17,6 +17,7 @@ from ..discover import discover
 from ..errors import NeuralDEError, SolveWarning
 from ..field import reachable
 from ..graph import without_gradient
+from ..iterate import applies, iterate
 from ..linear import LinearSolve, gmres
 from ..problem import Problem
 from ..solvers import SOLVERS
@@ -43,7 +44,7 @@ class AtRest(Adjoint):
         z0 = z0.detach()
         with torch.no_grad():
             slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
-            trajectory = discover(problem, z0, slope)
+            trajectory = iterate(problem, z0, slope) if applies(problem) else discover(problem, z0, slope)
         outcome = plain(trajectory)
         if torch.is_grad_enabled():
             for name in ("error", "stiffness"):
@@ -292,7 +293,7 @@ class Implicit(_Linear):
             keep=0,
             rest=rest,
         )
-        trajectory = discover(problem, start, field(None, start))
+        trajectory = iterate(problem, start, right)
         x = torch.where(finite, trajectory.final, v)
         return LinearSolve(x, trajectory.counts.nfe, rest.residual, trajectory.status == 0)
 
@@ -315,6 +316,7 @@ class _Costate:
     """Jᵀλ + v - λ as a field, [samples, features]: what `discover` needs of one."""
 
     calls = 0
+    takes_time = False
 
     def __init__(self, tape: Tape, v: Tensor):
         self.tape, self.v, self.layout = tape, v, None

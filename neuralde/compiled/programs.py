@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..equations import Autonomous, Coefficients
 from ..field import modules
 from ..problem import Problem
+from . import decompositions
 
 
 class Unsupported(Exception):
@@ -78,9 +79,17 @@ def program(function: Callable) -> Callable:
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        return torch.compile(program, fullgraph=True, options={"cpp_wrapper": True, **_kept_between_processes()})
+        return torch.compile(program, fullgraph=True, backend=_inductor)
 
     return lambda *arguments: made()(*arguments)
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+    from torch._inductor.compile_fx import compile_fx
+
+    # What is used twice is a tensor of its own: the slopes are, in every later stage.
+    options = {"cpp_wrapper": True, "realize_reads_threshold": 0, **_kept_between_processes()}
+    return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions.table())
 
 
 def _kept_between_processes() -> dict:

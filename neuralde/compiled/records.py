@@ -135,12 +135,12 @@ class Ran(Trajectory):
         """The error (0) or the stiffness (1) in `figures`, of accepted steps in the grid's order. Differentiable."""
         return self._of_steps(_control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[which])
 
-    def integral(self, figures: Tensor, name: str) -> Tensor:
-        """Σ_j figure_j·|Δt_j|, [batch], of the "error" or the "stiffness" in `figures`. Differentiable."""
-        value = _control.reported(figures.movedim(1, 0), self._sizes, self.problem.solver)[name == "stiffness"]
-        # Rejected attempts, and rows that no attempt has filled, may hold anything.
-        taken = torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
-        return torch.where(taken, value * self._sizes, 0.0).sum(dim=0).expand(len(self._z0))
+    def integrals(self, figures: Tensor) -> dict[str, Tensor]:
+        """Σ_j figure_j·|Δt_j|, [batch], of the "error" and of the "stiffness" in `figures`. Differentiable."""
+        solver = self.problem.solver
+        names = ["error"] * (solver.error_order is not None) + ["stiffness"] * solver.reports_stiffness
+        sums = _Integrals.apply(figures, self._sizes, self._taken, *(name in names for name in ("error", "stiffness")))
+        return dict(zip(names, sums.expand(-1, len(self._z0)).unbind(), strict=True))
 
     def of_steps(self, cotangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The gradients by error and stiffness, in the grid's order, from that by `figures`; None without one."""
@@ -157,6 +157,11 @@ class Ran(Trajectory):
     def _sizes(self) -> Tensor:
         return torch.cat([log.h for _, log in self.logs])
 
+    @functools.cached_property
+    def _taken(self) -> Tensor:
+        # Rejected attempts, and rows that no attempt has filled, may hold anything.
+        return torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
+
     def _of_steps(self, values: Tensor) -> Tensor:
         return self.grid.gather([values[i] for i in self.used], self.problem.start)
 
@@ -167,3 +172,36 @@ class Ran(Trajectory):
         none = torch.zeros_like(stand.accepted)
         every = (stand.accepted, stand.rejected, nfe.clamp(min=1), none, none, none)
         return Counts(*(x.expand(len(self._z0)) for x in every))
+
+
+class _Integrals(torch.autograd.Function):
+    """`Ran.integrals`: one node of the graph in place of the dozen that its operations would be.
+
+    A step's stiffness is the last figure but one over the last one and |Δt|, which its integral has no more.
+    """
+
+    @staticmethod
+    def forward(ctx, figures: Tensor, sizes: Tensor, taken: Tensor, error: bool, stiffness: bool) -> Tensor:
+        ctx.save_for_backward(figures, sizes, taken)
+        ctx.error, ctx.stiffness = error, stiffness
+        sums = []
+        if error:
+            sums.append(torch.where(taken, figures[:, 0] * sizes, 0.0).sum(dim=0))
+        if stiffness:
+            moving = taken & (figures[:, -1] != 0)  # NaN stays NaN
+            sums.append(torch.where(moving, figures[:, -2] / figures[:, -1], 0.0).sum(dim=0))
+        return torch.stack(sums)
+
+    @staticmethod
+    def backward(ctx, cotangents: Tensor):
+        figures, sizes, taken = ctx.saved_tensors
+        back = []
+        if ctx.error:
+            back.append(torch.where(taken, sizes * cotangents[0], 0.0))
+        if ctx.stiffness:
+            difference, distance = figures[:, -2], figures[:, -1]
+            moving = taken & (distance != 0)
+            by = torch.where(moving, cotangents[-1] / torch.where(moving, distance, 1.0), 0.0)
+            ratio = torch.where(moving, difference / torch.where(moving, distance, 1.0), 0.0)
+            back += [by, -by * ratio]
+        return torch.stack(back, dim=1), None, None, None, None

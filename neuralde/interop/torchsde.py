@@ -73,10 +73,15 @@ def solver_class(solver: str | SDESolver, sde_type: str, noise_type: str) -> typ
         noise_types = tuple(kind for kind in NOISE_TYPES if kind in method.orders)
         levy_area_approximations = tuple(x for x in every if x != "none") if method.uses_area else every
 
+        def init_extra_solver_state(self, t0, y0):
+            return (y0,) * (method.copies - 1)
+
         def step(self, t0, t1, y0, extra0):
             t, t1 = (torch.as_tensor(x, dtype=y0.dtype, device=y0.device).reshape(1) for x in (t0, t1))
             field = _Coefficients(self.sde, self.bm, method.uses_area, t, t1)
-            return method.attempt(field, t, t1 - t, y0, None, None, lens=False).z, extra0
+            z = torch.cat([y0, *extra0], dim=1)
+            y1, *extra1 = method.attempt(field, t, t1 - t, z, None, None, lens=False).z.chunk(method.copies, dim=1)
+            return y1, tuple(extra1)
 
     Ours.sde_type = sde_type
     Ours.__name__ = Ours.__qualname__ = f"{method.name.title().replace('_', '')}Solver"

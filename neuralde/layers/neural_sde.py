@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import control as _control
+from ..brownian import BrownianTree
 from ..equations import SDE
 from ..field import mixing_message, mixing_module
 from ..solution import Solution
@@ -113,7 +114,10 @@ class NeuralSDE(nn.Module):
             batch = len(pytree.tree_leaves(z0)[0])
             z0, args = _repeated(z0, batch, count), _repeated(args, batch, count)
             t = _repeated(t, batch, count) if isinstance(t, Tensor) and t.dim() == 2 else t
-        self.solution = solve(self.equation, z0, t, args=args, **self.solve_options)
+        options = self.solve_options
+        if count > 1 and isinstance(options.get("brownian"), BrownianTree):
+            options = {**options, "brownian": options["brownian"].grouped(count)}
+        self.solution = solve(self.equation, z0, t, args=args, **options)
         return self.solution
 
     def trajectory(self, z0, ts, args=None, trajectories: int | None = None):

@@ -24,10 +24,11 @@ class AppendTime(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         """layer(cat([z, t], dim=1)), t spread over z's positions."""
-        t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
-        if t.dim():  # [batch, 1, ...] of the state that f was given, whose rank z may have left behind
-            t = t.reshape(-1, *(1,) * (z.dim() - 1))
-        t = t.expand(len(z), 1, *z.shape[2:])
+        t, shape = torch.as_tensor(t, dtype=z.dtype, device=z.device), (len(z), 1, *z.shape[2:])
+        if t.shape != shape:
+            if t.dim():  # [batch, 1, ...] of the state that f was given, whose rank z may have left behind
+                t = t.reshape(-1, *(1,) * (z.dim() - 1))
+            t = t.expand(shape)
         return self.layer(torch.cat([z, t], dim=1))
 
 

@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .iteration import Iteration, Move, count, fraction
+from .iteration import Iteration, Memory, Move, count, fraction, put
 
 
 class Anderson(Iteration):
@@ -39,67 +39,42 @@ class Anderson(Iteration):
                 raise ValueError(f"regularization must be positive and finite, got {regularization}")
         self.regularization = regularization
 
-    def memory(self, z: Tensor, taped: bool) -> _Differences:
-        """See `Solver.memory`."""
-        return _Differences(self.m)
+    def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
+        """See `Iteration.move`.
 
-    def carried(self, memory: _Differences, index: Tensor) -> _Differences:
-        """See `Solver.carried`."""
-        return memory.on(index)
-
-    def move(self, f, z: Tensor, slope: Tensor, memory: _Differences) -> Move:
-        """See `Iteration.move`."""
+        The memory: the last plain step and its residual, [batch, features]; the last m differences of the residuals and
+        of the plain steps, [batch, m, features], in no order; the inner products of the former, [batch, m, m].
+        Differences that there are not yet are 0, and get the weight 0: batched products of very few rows are the slow
+        ones.
+        """
         plain = torch.add(z, slope, alpha=self.beta)
-        if not memory.add(z, slope, self.beta):
-            return Move(plain)
-        size = memory.gram
-        right = torch.bmm(slope[:, None], memory.slopes.mT)[:, 0]
-        scale = size.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(size.dtype).tiny).rsqrt()
-        size = size * scale[:, :, None] * scale[:, None, :]
-        ridge = self.regularization or 10 * self.m * torch.finfo(size.dtype).eps
+        if memory is None:
+            batch, features = z.shape
+            room = (z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
+            return Move(plain, Memory(0, plain, slope, *room))
+        before, last, slopes, moves, gram = memory.tensors
+        slot = memory.made % self.m
+        change = slope - last
+        put(slopes, slot, change)
+        put(moves, slot, plain - before)
+        # One pass over the differences for both products.
+        rows = torch.bmm(torch.stack([change, slope], dim=1), slopes.mT)
+        put(gram, slot, rows[:, 0])
+        put(gram, slot, rows[:, 0], dim=2)
+        weights = self._weights(gram, rows[:, 1])
+        z = torch.baddbmm(plain[:, None], weights[:, None], moves, alpha=-1.0)[:, 0]
+        return Move(z, Memory(memory.made + 1, plain, slope, slopes, moves, gram))
+
+    def _weights(self, gram: Tensor, right: Tensor) -> Tensor:
+        """γ from ΔGᵀΔG, [batch, m, m], and ΔGᵀg, [batch, m]."""
+        scale = gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+        size = gram * scale[:, :, None] * scale[:, None, :]
+        ridge = self.regularization or 10 * self.m * torch.finfo(gram.dtype).eps
         size.diagonal(dim1=1, dim2=2).add_(ridge)
         weights, _ = torch.linalg.solve_ex(size, scale * right)
         # A sample whose history is of no use makes a plain step. The solver's weights lie column by column, with which
         # batched products go through the samples one by one.
-        weights = torch.nan_to_num(weights * scale, nan=0.0, posinf=0.0, neginf=0.0).contiguous()
-        return Move(torch.baddbmm(plain[:, None], weights[:, None], memory.moves, alpha=-1.0)[:, 0])
+        return torch.nan_to_num(weights * scale, nan=0.0, posinf=0.0, neginf=0.0).contiguous()
 
     def __repr__(self) -> str:
         return f"{self.name} (memory {self.m})"
-
-
-class _Differences:
-    """The last m differences of the residuals and of the plain steps, [batch, m, features], in no order.
-
-    Those that there are not yet are 0, and get the weight 0: batched products of very few rows are the slow ones.
-    """
-
-    def __init__(self, m: int):
-        self.m, self.made = m, 0
-        self.plain = self.slope = self.slopes = self.moves = self.gram = None
-
-    def add(self, z: Tensor, slope: Tensor, beta: float) -> bool:
-        """Takes in a state. Returns whether there is a difference."""
-        plain = torch.add(z, slope, alpha=beta)
-        if self.slope is None:
-            batch, features = z.shape
-            self.slopes, self.moves = z.new_zeros(2, batch, self.m, features).unbind(0)
-            self.gram = z.new_zeros(batch, self.m, self.m)
-        else:
-            i = self.made % self.m
-            self.made += 1
-            difference = torch.sub(slope, self.slope, out=self.slopes[:, i])
-            torch.sub(plain, self.plain, out=self.moves[:, i])
-            row = torch.bmm(difference[:, None], self.slopes.mT)[:, 0]
-            self.gram[:, i] = row
-            self.gram[:, :, i] = row
-        self.plain, self.slope = plain, slope
-        return self.made > 0
-
-    def on(self, index: Tensor) -> _Differences:
-        """The same for some of the samples."""
-        part = _Differences(self.m)
-        part.made = self.made
-        for name in ("plain", "slope", "slopes", "moves", "gram"):
-            setattr(part, name, getattr(self, name).index_select(0, index))
-        return part

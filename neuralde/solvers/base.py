@@ -37,6 +37,10 @@ class Work(NamedTuple):
     factorizations: int | Tensor = 0
     linear_solves: int | Tensor = 0
 
+    def of_groups(self, groups: int) -> Work:
+        """The same, where a single group is made of all samples: that of the worst one."""
+        return Work(*(x.amax().reshape(1) if isinstance(x, Tensor) and groups == 1 else x for x in self))
+
 
 class Step(NamedTuple):
     """One attempted step, before anybody judges it.
@@ -99,6 +103,8 @@ class Solver(TorchdynProtocol, abc.ABC):
         transforms: whether torch.func's transforms and forward-mode AD can go through a step.
         discrete: whether it is an iteration for steady states, which has no steps in time.
         unrolls: whether its steps can be differentiated one by one.
+        copies: approximations of the state that it steps side by side, for methods that carry more than the solution: a
+            state is then [batch, copies·features], the solution first.
         closes: whether a step computes the slope at its end when asked to `close`. One that doesn't is given it by
             `finish`, once its step has been accepted: a rejected attempt then costs no evaluation.
     """
@@ -120,6 +126,7 @@ class Solver(TorchdynProtocol, abc.ABC):
     discrete: bool = False
     unrolls: bool = True
     closes: bool = True
+    copies: int = 1
 
     @property
     def parts(self) -> tuple[Solver, ...]:

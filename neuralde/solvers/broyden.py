@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Work
-from .iteration import Iteration, Move, backtrack, count, dot
+from .iteration import Iteration, Memory, Move, backtrack, count, dot, put
 
 
 class Broyden(Iteration):
@@ -35,70 +35,53 @@ class Broyden(Iteration):
         if line_search:
             self.calls_per_step = None
 
-    def memory(self, z: Tensor, taped: bool) -> _Inverse:
-        """See `Solver.memory`."""
-        return _Inverse(self.m)
+    def room(self, memory: Memory) -> Memory:
+        """See `Iteration.room`."""
+        z, slope, step, left, right = memory.tensors
+        known = left.shape[1]
+        if memory.made < known or known == self.m:
+            return memory
+        more = z.new_zeros(2, len(z), min(known, self.m - known), z.shape[1])
+        left, right = (torch.cat([x, y], dim=1) for x, y in zip((left, right), more, strict=True))
+        return Memory(memory.made, z, slope, step, left, right)
 
-    def carried(self, memory: _Inverse, index: Tensor) -> _Inverse:
-        """See `Solver.carried`."""
-        return memory.on(index)
+    def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
+        """See `Iteration.move`.
 
-    def move(self, f, z: Tensor, slope: Tensor, memory: _Inverse) -> Move:
-        """See `Iteration.move`."""
-        direction = memory.direction(z, slope)
+        The memory: where H was last used, its g and its step, [batch, features]; and the factors of the rank-one terms,
+        [batch, room, features], 0 where there are none yet. The room grows with the steps.
+        """
+        if memory is None:
+            room = z.new_zeros(2, len(z), min(8, self.m), z.shape[1]).unbind(0)
+            step, memory = slope, Memory(0, z, slope, slope, *room)
+        else:
+            step, memory = self._updated(z, slope, memory)
         if not self.line_search:
-            return Move(z + direction)
-        z, slope, made = backtrack(f, z, slope, direction)
-        return Move(z, slope, Work(nfe=made))
+            return Move(z + step, memory)
+        z, slope, made = backtrack(f, z, slope, step)
+        return Move(z, memory, slope, Work(nfe=made))
 
-    def __repr__(self) -> str:
-        return f"{self.name} (memory {self.m}{', line search' if self.line_search else ''})"
-
-
-class _Inverse:
-    """H, and where it was last used."""
-
-    def __init__(self, m: int):
-        self.m, self.made = m, 0
-        self.z = self.slope = self.step = self.left = self.right = None
-
-    def direction(self, z: Tensor, slope: Tensor) -> Tensor:
+    def _updated(self, z: Tensor, slope: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """-H g with H updated by the step that led to z."""
-        if self.z is None:
-            self.left, self.right = z.new_empty(2, len(z), 0, z.shape[1]).unbind(0)
-            self.z, self.slope, self.step = z, slope, slope
-            return slope
-        known = min(self.made, self.m)
-        left, right = self.left[:, :known], self.right[:, :known]
-        move, change = z - self.z, slope - self.slope
+        z_before, slope_before, step, left, right = memory.tensors
+        move, change = z - z_before, slope - slope_before
         weights = torch.bmm(slope[:, None], right.mT)
         image = torch.baddbmm(slope[:, None], weights, left, beta=-1.0)[:, 0]  # H g, by the old H
         v = torch.baddbmm(move[:, None], torch.bmm(move[:, None], left.mT), right, beta=-1.0)[:, 0]
         # The old H took the last g to -step.
-        lack, bottom = move - (image + self.step), dot(v, change)
+        lack, bottom = move - (image + step), dot(v, change)
         fine = bottom.abs() > 10 * torch.finfo(z.dtype).eps * (dot(v, v) * dot(change, change)).sqrt()
-        u = torch.where(fine[:, None], lack / torch.where(fine, bottom, 1.0)[:, None], 0.0)
-        i = self.made % self.m
-        if self.made >= self.m:  # the oldest term goes
-            image = image - weights[:, 0, i, None] * left[:, i]
-        self._store(i, u, v)
-        self.made += 1
+        u = lack * torch.where(fine, 1.0 / torch.where(fine, bottom, 1.0), 0.0)[:, None]
+        slot = memory.made % self.m
+        if isinstance(slot, Tensor):
+            oldest = weights.index_select(2, slot)[:, 0] * left.index_select(1, slot)[:, 0]
+            image = image - oldest  # 0 where there is none yet
+        elif memory.made >= self.m:  # the oldest term goes
+            image = image - weights[:, 0, slot, None] * left[:, slot]
+        put(left, slot, u)
+        put(right, slot, v)
         step = -torch.addcmul(image, u, dot(v, slope)[:, None])
-        self.z, self.slope, self.step = z, slope, step
-        return step
+        return step, Memory(memory.made + 1, z, slope, step, left, right)
 
-    def _store(self, i: int, u: Tensor, v: Tensor):
-        if i >= self.left.shape[1]:  # memory grows with the steps
-            size = min(max(8, 2 * i), self.m) - i
-            self.left, self.right = (
-                torch.cat([x, x.new_empty(len(x), size, x.shape[2])], dim=1) for x in (self.left, self.right)
-            )
-        self.left[:, i], self.right[:, i] = u, v
-
-    def on(self, index: Tensor) -> _Inverse:
-        """The same for some of the samples."""
-        part = _Inverse(self.m)
-        part.made = self.made
-        for name in ("z", "slope", "step", "left", "right"):
-            setattr(part, name, getattr(self, name).index_select(0, index))
-        return part
+    def __repr__(self) -> str:
+        return f"{self.name} (memory {self.m}{', line search' if self.line_search else ''})"

@@ -52,6 +52,21 @@ def midpoint(f: DrivenField, times, h: Tensor, z: Tensor, noise: Noise, first: t
     return z + h * f(times[1], x) + f.times_noise(f.diffusion(times[1], x), noise.w)
 
 
+def reversible_heun(f: DrivenField, times, h: Tensor, z: Tensor, noise: Noise, first: tuple) -> Tensor:
+    """Of the pair z = (y, x), with k and g at (t, x) and k', g' at (t + h, x'):
+
+        x' = 2y - x + h k + g W,    y' = y + h (k + k') / 2 + (g + g') W / 2.
+
+    The step can be undone: (y, x) is what the same formula with -h and -W makes of (y', x').
+
+    Source: Kidger, Foster, Li & Lyons, Efficient and accurate gradients for neural SDEs (2021), algorithm 1.
+    """
+    (y, x), (drift, diffusion) = z.chunk(2, dim=1), first
+    x = 2 * y - x + h * drift + f.times_noise(diffusion, noise.w)
+    y = y + 0.5 * (h * (drift + f(times[1], x)) + f.times_noise(diffusion + f.diffusion(times[1], x), noise.w))
+    return torch.cat([y, x], dim=1)
+
+
 def srk(f: DrivenField, times, h: Tensor, z: Tensor, noise: Noise, first: tuple) -> Tensor:
     """Rößler's SRI2, for diagonal or scalar noise."""
     return sri(SRID2, f, times, h, z, noise, first).z
@@ -101,15 +116,34 @@ class Method:
 
     Args:
         formula: its step. abscissae: where in a step it evaluates, in units of h; the first is 0.
-        evaluations: of drift and diffusion in a step. uses_area: see `SDESolver`.
+        evaluations: of drift and diffusion in a step. uses_area: see `SDESolver`. copies: see `Solver`.
     """
 
-    def __init__(self, formula: Formula, abscissae: tuple[float, ...], evaluations: int, uses_area: bool = False):
+    def __init__(
+        self,
+        formula: Formula,
+        abscissae: tuple[float, ...],
+        evaluations: int,
+        uses_area: bool = False,
+        copies: int = 1,
+    ):
         self.formula, self.abscissae, self.evaluations = formula, abscissae, evaluations
-        self.uses_area = uses_area
+        self.uses_area, self.copies = uses_area, copies
 
 
-class OneStep(SDESolver):
+class _Formulaic(SDESolver):
+    """What a method with a `Formula` does."""
+
+    method: Method
+
+    def _first(self, f: DrivenField, time, z: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Drift and diffusion at the start of a step."""
+        if self.copies > 1:
+            z, slope = (None if x is None else x.chunk(self.copies, dim=1)[-1] for x in (z, slope))
+        return f(time, z) if slope is None else slope, f.diffusion(time, z)
+
+
+class OneStep(_Formulaic):
     """A method without an error estimate, for fixed steps.
 
     Args:
@@ -122,7 +156,7 @@ class OneStep(SDESolver):
 
     def __init__(self, name: str, method: Method, orders: Mapping[str, float], sde_types: tuple[str, ...], order):
         self.name, self.method, self.orders, self.sde_types, self.order = name, method, orders, sde_types, order
-        self.calls_per_step, self.uses_area = method.evaluations, method.uses_area
+        self.calls_per_step, self.uses_area, self.copies = method.evaluations, method.uses_area, method.copies
 
     def of(self, equation: SDE, adaptive: bool) -> OneStep:
         """See `SDESolver.of`."""
@@ -141,11 +175,11 @@ class OneStep(SDESolver):
     ) -> Step:
         """See `SDESolver.attempt`."""
         times = f.times(t, column(self.method.abscissae, t.dtype, t.device), dt)
-        end = self.method.formula(f, times, dt[:, None], z, f.noise, _first(f, times[0], z, slope))
+        end = self.method.formula(f, times, dt[:, None], z, f.noise, self._first(f, times[0], z, slope))
         return Step(end, None, None, None, (z, end))
 
 
-class StepDoubling(SDESolver):
+class StepDoubling(_Formulaic):
     """A method whose error estimate is the difference between one step and two of half the size.
 
     The two make the solution. Under fixed steps (`StepControl(adaptive=False)`) there is one step and no estimate.
@@ -173,7 +207,7 @@ class StepDoubling(SDESolver):
         self.method, self.order, self.error_order = method, order, order + 0.5
         # An error of O(h^(p + 1/2)) on a step: the exponents are those of the general rule for that.
         self.exponents = (0.7 / self.error_order, 0.4 / self.error_order)
-        self.uses_area = method.uses_area
+        self.uses_area, self.copies = method.uses_area, method.copies
         self.calls_per_step = 3 * method.evaluations - 2  # one step and two halves, two of which begin in one place
 
     def of(self, equation: SDE, adaptive: bool) -> StepDoubling | OneStep:
@@ -204,18 +238,16 @@ class StepDoubling(SDESolver):
         places = (*c, *(x / 2 for x in c), *((1 + x) / 2 for x in c))
         times = f.times(t, column(places, t.dtype, t.device), dt)
         whole, one, two = (times[i * len(c) : (i + 1) * len(c)] for i in range(3))
-        first, (early, late) = _first(f, times[0], z, slope), f.halves
+        first, (early, late) = self._first(f, times[0], z, slope), f.halves
         middle = formula(f, one, h / 2, z, early, first)
-        end = formula(f, two, h / 2, middle, late, _first(f, two[0], middle, None))
+        end = formula(f, two, h / 2, middle, late, self._first(f, two[0], middle, None))
         if not lens:
             return Step(end, None, None, None, (z, end))
         both = Noise(early.w + late.w, 0.5 * (early.h + late.h) + 0.25 * (early.w - late.w))
         error = end - formula(f, whole, h, z, both, first)
+        if self.copies > 1:  # of the solution: what is beside it may change sides at every step
+            error = torch.cat([error.chunk(self.copies, dim=1)[0]] * self.copies, dim=1)
         return Step(end, error, None, None, (z, end))
-
-
-def _first(f: DrivenField, time, z: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
-    return f(time, z) if slope is None else slope, f.diffusion(time, z)
 
 
 _EVERY = dict.fromkeys(NOISE_TYPES, 1.0)
@@ -244,5 +276,10 @@ METHODS = (
     ),
     StepDoubling("euler_heun", {"stratonovich": Method(euler_heun, (0.0, 1.0), 3)}, _EVERY | {"general": 0.5}),
     StepDoubling("heun", {"stratonovich": Method(heun, (0.0, 1.0), 4)}, _EVERY | {"general": 0.5}),
+    StepDoubling(
+        "reversible_heun",
+        {"stratonovich": Method(reversible_heun, (0.0, 1.0), 4, copies=2)},
+        _EVERY | {"general": 0.5},
+    ),
     StepDoubling("midpoint", {"stratonovich": Method(midpoint, (0.0, 0.5), 4)}, _EVERY | {"general": 0.5}),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import numbers
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from .base import Past, Solver, Step, VectorField, Work
 class Iteration(Solver):
     """A discrete solver: each step is one move to a better z, and t counts them.
 
-    It goes through the same loop as every other solver, at steps of `step_size`, and evaluates f once per step, at its
-    end. A subclass implements `memory` and `move`.
+    It goes through the same loop as every other solver, at steps of `step_size`, where its steps are on a tape or
+    observed, and through one of its own else, which has no time to keep: `iterate`. It evaluates f once per step, at
+    its end. A subclass implements `move`.
 
     Attributes:
         step_size: dt, by which t grows with a step.
@@ -37,14 +39,26 @@ class Iteration(Solver):
     step_size: float = 1.0
 
     @abc.abstractmethod
-    def move(self, f: Callable[[Tensor], Tensor], z: Tensor, slope: Tensor, memory: Any) -> Move:
+    def move(self, f: Callable[[Tensor], Tensor], z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """The next z.
 
         Args:
             f: z -> g(z), [batch, features]; real.
             z, slope: the state and g there.
-            memory: of `self.memory`, with what it remembers of the steps before.
+            memory: what the move before remembered, whose tensors may be overwritten; None at the first.
         """
+
+    def room(self, memory: Memory) -> Memory:
+        """The memory with room for what another move remembers."""
+        return memory
+
+    def memory(self, z: Tensor, taped: bool) -> Remembered:
+        """See `Solver.memory`."""
+        return Remembered()
+
+    def carried(self, memory: Remembered, index: Tensor) -> Remembered:
+        """See `Solver.carried`."""
+        return Remembered(memory.held and memory.held.on(index))
 
     def attempt(
         self,
@@ -53,7 +67,7 @@ class Iteration(Solver):
         dt: Tensor,
         z: Tensor,
         slope: Tensor | None,
-        memory: Any,
+        memory: Remembered,
         lens: bool = True,
         close: bool = False,
         past: Past | None = None,
@@ -62,7 +76,9 @@ class Iteration(Solver):
         now, later = f.times(t)[0], f.times(t + dt)[0]
         slope = f(now, z) if slope is None else slope
         kind = z.dtype
-        move = self.move(lambda x: real(f(now, unreal(x, kind)).to(kind)), real(z), real(slope.to(kind)), memory)
+        known = memory.held and self.room(memory.held)
+        move = self.move(lambda x: real(f(now, unreal(x, kind)).to(kind)), real(z), real(slope.to(kind)), known)
+        memory.held = move.memory
         z_end = unreal(move.z, kind)
         slope_end = move.slope
         slope_end = f(later, z_end) if slope_end is None else unreal(slope_end, kind)
@@ -93,11 +109,43 @@ class Move:
     """What a step of an iteration found.
 
     Attributes:
-        z: the next state. slope: g there, where it was computed. work: what it cost, where that is not one evaluation.
+        z: the next state. memory: for the next move. slope: g there, where it was computed. work: what it cost, where
+            that is not one evaluation.
     """
 
-    def __init__(self, z: Tensor, slope: Tensor | None = None, work: Work | None = None):
-        self.z, self.slope, self.work = z, slope, work
+    def __init__(self, z: Tensor, memory: Memory | None = None, slope: Tensor | None = None, work: Work | None = None):
+        self.z, self.memory, self.slope, self.work = z, memory, slope, work
+
+
+class Memory:
+    """What an iteration remembers: tensors [batch, ...].
+
+    Args:
+        made: how many moves there were after the first: a number, or a tensor [1] in a traced program.
+        tensors: the rest.
+    """
+
+    def __init__(self, made: int | Tensor, *tensors: Tensor):
+        self.made, self.tensors = made, tensors
+
+    def on(self, index: Tensor) -> Memory:
+        """The same for some of the samples."""
+        return Memory(self.made, *(x.index_select(0, index) for x in self.tensors))
+
+
+@dataclass
+class Remembered:
+    """The memory of an iteration between its steps, None before the first."""
+
+    held: Memory | None = None
+
+
+def put(buffer: Tensor, slot: int | Tensor, row: Tensor, dim: int = 1):
+    """Overwrites one row of every sample. slot: as `Memory.made`."""
+    if isinstance(slot, Tensor):
+        buffer.index_copy_(dim, slot, row.unsqueeze(dim))
+    else:
+        buffer.select(dim, slot).copy_(row)
 
 
 class FixedPoint(Iteration):
@@ -122,9 +170,6 @@ class FixedPoint(Iteration):
     def step_size(self) -> float:
         """dt."""
         return self.damping
-
-    def memory(self, z: Tensor, taped: bool) -> None:
-        """See `Solver.memory`."""
 
     def move(self, f, z: Tensor, slope: Tensor, memory: None) -> Move:
         """See `Iteration.move`."""

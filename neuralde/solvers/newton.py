@@ -46,9 +46,6 @@ class Newton(Iteration):
         self.name, self.forcing, self.line_search = name, fraction("forcing", forcing), line_search
         self.restart, self.max_iter = count("restart", restart), count("max_iter", max_iter)
 
-    def memory(self, z: Tensor, taped: bool) -> None:
-        """See `Solver.memory`."""
-
     def move(self, f, z: Tensor, slope: Tensor, memory: None) -> Move:
         """See `Iteration.move`."""
         product = jacobian_product(f, z)
@@ -57,7 +54,7 @@ class Newton(Iteration):
             z, slope, made = backtrack(f, z, slope, found.x)
         else:
             z, slope, made = z + found.x, None, 1
-        return Move(z, slope, Work(nfe=1 + found.iterations + made, linear_solves=found.iterations))
+        return Move(z, None, slope, Work(nfe=1 + found.iterations + made, linear_solves=found.iterations))
 
 
 def jacobian_product(f: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[Tensor], Tensor]:
