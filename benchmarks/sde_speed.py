@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torchsde
@@ -32,7 +33,7 @@ TOLERANCES = (1e-1, 1e-2)  # of torchsde
 SOLVERS = ("sosri", "sosri2")
 COMPILED = ("sosri",)  # those that are measured with compile=True as well
 FINE = 1024  # steps of the reference
-EAGER = 100_000  # steps at most without compiling
+EAGER = 10_000  # steps at most without compiling
 LIMIT = 30.0  # seconds of the processor that a solve of torchsde's has for a long horizon
 
 
@@ -81,21 +82,17 @@ class Shared:
 # -- solves ------------------------------------------------------------------------------------------------------------
 
 
-def how(compile: bool) -> dict:
-    """The options of a solve with gradients, compiled or not."""
-    return {"compile": True} if compile else {"adjoint": "direct"}
-
-
 def ours(sde: Coefficients, z0: Tensor, solver: str, tolerance: float, brownian=None, compile: bool = False) -> Tensor:
     """z(1) by neuralde, one step size for the batch, as torchsde has it."""
-    options = {"solver": solver, "control": "joint", "rtol": tolerance, "atol": tolerance, **how(compile)}
+    options = {"solver": solver, "control": "joint", "rtol": tolerance, "atol": tolerance, "compile": compile}
+    options |= {} if compile else {"adjoint": "direct"}
     return nde.solve(sde.equation(), z0, (0.0, 1.0), brownian=brownian, **options).final
 
 
-def stepping(sde: Coefficients, z0: Tensor, steps: int, brownian=None, compile: bool = False) -> Tensor:
+def stepping(sde: Coefficients, z0: Tensor, steps: int, brownian=None) -> Tensor:
     """z(1) by neuralde's euler_maruyama in so many equal steps."""
     control = nde.StepControl(per_sample=False, adaptive=False)
-    options = {"solver": "euler_maruyama", "dt0": 1 / steps, "control": control, **how(compile)}
+    options = {"solver": "euler_maruyama", "dt0": 1 / steps, "control": control, "adjoint": "direct"}
     return nde.solve(sde.equation(), z0, (0.0, 1.0), brownian=brownian, **options).final
 
 
@@ -223,7 +220,7 @@ def compare(trials: list[Trial], tolerance: float, rounds: int) -> tuple[list[di
     sde.float()
     with torch.no_grad():
         calls = {name: counted(sde, functools.partial(solve, z0)) for name, solve in solves.items()}
-    plain = [f"neuralde {solver}" for solver in COMPILED] + [f"neuralde euler_maruyama, {steps} steps"]
+    plain = [f"neuralde {solver}" for solver in COMPILED]
     for name in plain:  # the same solves
         for found in (tolerances, errors, calls):
             found[f"{name}, compiled"] = found[name]
@@ -288,34 +285,41 @@ class Decay(nn.Module):
 DECAY = Decay()
 
 
-def long_ours(steps: int, compile: bool = False) -> None:
-    """So many steps of 1/20 by neuralde's euler_maruyama."""
+def long_ours(steps: int, compile: bool = False) -> nde.Solution:
+    """So many steps of 1/20 by neuralde's euler_maruyama, with all states to be asked for."""
     z0, control = torch.ones(1, 1, dtype=torch.float64), nde.StepControl(per_sample=False, adaptive=False)
     options = {"solver": "euler_maruyama", "dt0": 0.05, "control": control, "max_steps": 2 * steps, "seed": 1}
     solution = nde.solve(nde.SDE(DECAY.f, DECAY.g), z0, (0.0, steps / 20), compile=compile, **options)
     if int(solution.stats.accepted[0]) != steps:
         raise AssertionError(f"{steps} steps were asked for, and {solution.stats.accepted[0]} made")
+    return solution
 
 
-def long_theirs(steps: int) -> None:
+def long_theirs(steps: int) -> Tensor:
     """So many steps of 1/20 by torchsde's euler, all else its default."""
     ts = torch.tensor([0.0, steps / 20], dtype=torch.float64)
-    torchsde.sdeint(Decay(), torch.ones(1, 1, dtype=torch.float64), ts, method="euler", dt=0.05)
+    return torchsde.sdeint(Decay(), torch.ones(1, 1, dtype=torch.float64), ts, method="euler", dt=0.05)
 
 
 @torch.no_grad()
-def processor_seconds(solve: Callable[[int], None], steps: int, limit: float) -> float | None:
-    """Of the processor, for one solve; None where it takes more than the limit, and is given up."""
+def processor_seconds(solve: Callable[[int], object], steps: int, limit: float) -> tuple[float, float] | None:
+    """Of the processor, for one solve, and the bytes by which the process grew with what the solve keeps.
+
+    None where it takes more than the limit, and is given up.
+    """
 
     def stop(*_):
         raise TimeoutError
 
     old = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, limit)
-    began = time.process_time()
+    began, before = time.process_time(), resident()
     try:
-        solve(steps)
-        return time.process_time() - began
+        kept = solve(steps)
+        took = time.process_time() - began
+        grown = resident() - before
+        del kept
+        return took, grown
     except TimeoutError:
         return None
     finally:
@@ -323,9 +327,10 @@ def processor_seconds(solve: Callable[[int], None], steps: int, limit: float) ->
         signal.signal(signal.SIGPROF, old)
 
 
-def peak_memory() -> int:
-    """The most bytes that the process has had so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident() -> int:
+    """The bytes that the process has now."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def long(counts: list[int]) -> tuple[list[dict], list[str]]:
@@ -338,10 +343,8 @@ def long(counts: list[int]) -> tuple[list[dict], list[str]]:
     contenders += [("neuralde euler_maruyama", long_ours, count, math.inf) for count in counts if count <= EAGER]
     contenders += [("torchsde euler", long_theirs, count, LIMIT) for count in (100, 1000, 10_000)]
     for name, solve, count, limit in contenders:
-        before = peak_memory()
-        seconds = processor_seconds(solve, count, min(limit, 1e7))
-        found = None if seconds is None else 1e6 * seconds / count
-        grown = (peak_memory() - before) / count
+        seconds, grown = processor_seconds(solve, count, min(limit, 1e7)) or (None, None)
+        found, grown = None if seconds is None else 1e6 * seconds / count, None if grown is None else grown / count
         rows.append(
             {"contender": name, "steps": count, "seconds": seconds, "µs per step": found, "bytes per step": grown}
         )
@@ -365,7 +368,7 @@ def main():
         rows, verdicts = long(given.long or [1000, 10_000, 100_000, 1_000_000])
         notes = [
             "seconds of the processor, not of the clock: other programs may run; one path of one component, float64, "
-            "no gradients; each measured once, the programs being made; bytes: by how much the process's peak grew",
+            "no gradients; each measured once, the programs being made; bytes: what the solution keeps",
             f"torchsde with its defaults: no seconds where it had not ended after {LIMIT:.0f}",
             *verdicts,
         ]

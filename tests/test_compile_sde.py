@@ -96,12 +96,15 @@ def compiled_only(silent, monkeypatch):
     assert made and None not in made
 
 
-def agree(case, penalty="final"):
+def agree(case, penalty="final", differentiated=True):
     found = []
     for compile in (True, False):
-        solution = case.solve(compile)
-        loss = solution.final.square().sum() + PENALTIES[penalty](solution)
-        found.append((solution, torch.autograd.grad(loss, case.inputs)))
+        with torch.set_grad_enabled(differentiated):
+            solution, gradients = case.solve(compile), ()
+        if differentiated:
+            loss = solution.final.square().sum() + PENALTIES[penalty](solution)
+            gradients = torch.autograd.grad(loss, case.inputs)
+        found.append((solution, gradients))
     (mine, gradients), (theirs, expected) = found
     close(mine.final, theirs.final, 1e-11)
     for name in ("accepted", "rejected", "nfe"):
@@ -114,15 +117,16 @@ def agree(case, penalty="final"):
 
 
 @COMPILER
-def test_a_compiled_solve_is_the_same(compiled_only):
-    """Also with other noise, tolerances, horizons, parameters and numbers of steps, by the same two programs."""
+@pytest.mark.parametrize("differentiated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiled_solve_is_the_same(compiled_only, differentiated):
+    """Also with other noise, tolerances, horizons, parameters and numbers of steps, by the same programs."""
     from torch._dynamo.utils import counters
 
-    first = agree(Case())
+    first = agree(Case(), differentiated=differentiated)
     before, made = first.stats.accepted.clone(), counters["stats"]["unique_graphs"]
     with torch.no_grad():
         NET.a.mul_(1.25)
-    second = agree(Case(seed=2**61, rtol=1e-2, atol=2e-2, t=(0.3, 2.0)))
+    second = agree(Case(seed=2**61, rtol=3e-2, atol=5e-2, t=(0.3, 2.0)), differentiated=differentiated)
     with torch.no_grad():
         NET.a.div_(1.25)
     assert not torch.equal(before, second.stats.accepted)
