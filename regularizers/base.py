@@ -206,8 +206,11 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
 
 
 def _held(model: nn.Module) -> Iterator[Solution | Recorded | None]:
-    # Layers are known by what they hold, so that those of every kind, and users' own, count.
+    # Layers are known by what they hold, so that those of every kind, and users' own, count. What torch.compile makes
+    # of a layer holds what the layer does: the same one, which counts once.
+    seen = set()
     for module in model.modules():
         solution = getattr(module, "solution", model)
-        if isinstance(solution, Solution | Recorded | None):
+        if isinstance(solution, Solution | Recorded | None) and (solution is None or id(solution) not in seen):
+            seen.add(id(solution))
             yield solution

@@ -28,6 +28,7 @@ import neuralde as nde
 from neuralde import introspection
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
+from neuralde.solve import untraced
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
@@ -62,10 +63,13 @@ class _Recording:
         usable = usable and isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point()
         if not usable or len(t) < 2 or not wanted(func):
             result = self.__wrapped__(func, y0, t, **kwargs)
-            solution = Skipped(f"torchdiffeq.{self.__name__}", likes[0]) if usable else None
-        else:
-            result, solution = _Solve(self.__wrapped__, self._adjoint, func, y0, t, kwargs).run()
-        self._last.solution = solution and keep(solution)
+            self._last.solution = keep(Skipped(f"torchdiffeq.{self.__name__}", likes[0])) if usable else None
+            return result
+        return untraced(_Recording._watched)(self, func, y0, t, kwargs)
+
+    def _watched(self, func, y0, t, kwargs: dict):
+        result, solution = _Solve(self.__wrapped__, self._adjoint, func, y0, t, kwargs).run()
+        self._last.solution = keep(solution)
         return result
 
     def __reduce__(self):

@@ -20,6 +20,7 @@ import neuralde as nde
 from neuralde import introspection, solvers
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
+from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
@@ -75,6 +76,10 @@ class _Call:
     def __init__(self, layer: nn.Module, name: str):
         self.layer, self.name = layer, name
 
+    def __call__(self, *args, **kwargs):
+        """As the layer's method; torch.compile does not look inside, and compiles what stands around it."""
+        return untraced(type(self).made)(self, *args, **kwargs)
+
     def original(self, *args, **kwargs):
         """What the layer's class does."""
         return getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
@@ -97,7 +102,8 @@ class _Call:
 class _Watched(_Call):
     """forward or trajectory of a NeuralODE, watched."""
 
-    def __call__(self, x, t_span=None, *args, **kwargs):
+    def made(self, x, t_span=None, *args, **kwargs):
+        """The call."""
         layer = self.layer
         layer.solution = None  # lets go of the last call's graph before this one's is built
         like = pytree.tree_leaves(x)[0]
@@ -146,6 +152,8 @@ class _Eye:
         return type(self._solver)
 
     def __getattr__(self, name):
+        if "_solver" not in vars(self):  # not made yet: of a copy, or of one that is being unpickled or traced
+            raise AttributeError(name)
         return getattr(self._solver, name)
 
     def sync_device_dtype(self, x, t_span):
@@ -290,8 +298,8 @@ class _Swapped(_Call):
             how["step_times"] = t_span[1:-1] if len(t_span) > 2 else None
         return how
 
-    def __call__(self, x, t_span=None, save_at=(), args=None):
-        """As the layer's method; neither of torchdyn's and our steps has a use for args."""
+    def made(self, x, t_span=None, save_at=(), args=None):
+        """The call; neither of torchdyn's and our steps has a use for args."""
         layer = self.layer
         layer.solution = None
         x, t_span = layer._prep_integration(x, self.times(t_span, save_at))
@@ -312,7 +320,8 @@ class _Swapped(_Call):
 class _WatchedSDE(_Call):
     """forward or trajectory of a NeuralSDE, whose calls of torchsde are made here, watched."""
 
-    def __call__(self, x, s_span=None):
+    def made(self, x, s_span=None):
+        """The call."""
         from . import torchsde
 
         layer = self.layer

@@ -26,6 +26,7 @@ import neuralde as nde
 from neuralde import solvers
 from neuralde.control import rms
 from neuralde.introspection import Probe
+from neuralde.solve import untraced
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
 
@@ -65,6 +66,9 @@ class _Recording:
             result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
             self._last.solution = keep(Skipped(source, y0)) if usable else None
             return result
+        return untraced(_Recording._watched)(self, source, how)
+
+    def _watched(self, source: str, how: dict):
         watch = _Watch(source, how, self._taped)
         unknown = how.pop("unused_kwargs", {})
         result = self.__wrapped__(**{**how, **unknown, "sde": watch.sde, "bm": watch.path})
@@ -256,6 +260,8 @@ class _Path:
         self._brownian, self._notice = brownian, notice
 
     def __getattr__(self, name):
+        if "_brownian" not in vars(self):  # not made yet: of a copy, or of one that is being unpickled
+            raise AttributeError(name)
         return getattr(self._brownian, name)
 
     def __call__(self, ta, tb=None, **what):
