@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuralde.solution import Solution
 
-from .recorded import Recorded, Skipped
+from .recorded import AllFailed, Recorded, Skipped
 from .schedules import Schedule, constant
 
 
@@ -106,8 +106,11 @@ class Regularizer(nn.Module, abc.ABC):
             )
         if isinstance(solution, Skipped):
             return solution.zero
-        if isinstance(solution, Recorded):  # the library raises where it fails
-            return self.figure(solution).mean()
+        if isinstance(solution, Recorded):
+            try:
+                return self.figure(solution).mean()
+            except AllFailed:
+                return solution.zero
         # A penalty that is to bring steady states about is wanted most where they were not reached.
         counted = solution.usable if self.of_steady else solution.converged
         if bool(counted.all()):

@@ -24,6 +24,7 @@ from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .rows import Rows
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
 _SOLVERS = {
@@ -124,7 +125,8 @@ class _Watched(_Call):
                 layer.__dict__["solver"] = own
         eye.close()
         taped = self.name == "trajectory" or layer.sensitivity == "autograd"
-        layer.solution = keep(_Solve(layer, layer.solver, eye, taped).recorded(like))
+        zs = result[1] if self.name == "forward" and layer.return_t_eval else result
+        layer.solution = keep(_Solve(layer, layer.solver, eye, taped).recorded(zs))
         return result
 
 
@@ -195,14 +197,19 @@ class _Solve:
         self.left = [(m, name, vars(m)[name]) for m in layer.vf.modules() for name in _LEFT if name in vars(m)]
         self.rtol, self.atol = float(layer.rtol), float(layer.atol)
 
-    def recorded(self, like: Tensor) -> Recorded:
-        """What a penalty takes."""
+    def recorded(self, zs) -> Recorded:
+        """What a penalty takes of the solve with those outputs."""
         around, uniform = self.passing.around, self.passing.uniform
         places = {
             "unbiased": self._place(self.at, around[2], lambda through: self._inside(around, through)),
             "biased": self._place(uniform[0], uniform[2], lambda through: self._constant(uniform[1][0], through)),
         }
-        return Recorded(f"torchdyn's NeuralODE ({type(self.solver).__name__})", places, self._lens, like)
+        return Recorded(
+            f"torchdyn's NeuralODE ({type(self.solver).__name__})",
+            places,
+            self._lens,
+            pytree.tree_map(lambda z: z[-1], zs),
+        )
 
     def _place(self, t: Tensor, dt: Tensor, state) -> Place:
         return Place(self.direction * t.detach().reshape(()), self.direction * dt.detach().reshape(()), state)
@@ -237,11 +244,14 @@ class _Solve:
     def _field(self, t: Tensor, z: Tensor) -> Tensor:
         return self.layer.vf(t.reshape(self.passing.around[0].shape), z)
 
-    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
+    def _lens(self, place: Place, z, solver, figure: str | None, rows: Rows) -> Probe:
         own = method_of(self.solver) if solver is None else solvers.get(solver)
         own = own if solver is not None or able(own, figure) else solvers.get("tsit5")
         with _as_left(self.left):
-            return introspection.probe_step(self._field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
+            field = rows.still(self._field)
+            return rows.averaged(
+                introspection.probe_step(field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
+            )
 
 
 @contextlib.contextmanager

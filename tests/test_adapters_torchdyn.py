@@ -244,6 +244,21 @@ def test_what_watches_a_solver_can_be_copied():
     assert eye._solver is solver and eye.order == solver.order
 
 
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_samples_that_are_not_finite_have_no_part(sensitivity):
+    ours, x = reg.attach(layer("rk4", sensitivity)), start()
+    found = []
+    for one in (x.clone(), x[[0, 2, 3, 4, 5]], torch.full_like(x, torch.nan)):
+        if len(one) == len(x) and not found:
+            one[1] = torch.nan
+        with reg.record(torch.Generator().manual_seed(2)):
+            ours(one, SPANS["forwards"])
+        found.append([penalty(ours) for penalty in (reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness())])
+    for value, alone, nothing in zip(*found, strict=True):
+        close(value, alone, 1e-10)
+        assert float(value.detach()) > 0 == float(nothing)
+
+
 def test_trajectories_and_shared_solvers():
     a, b = reg.attach(layer()), layer()
     b.solver = a.solver
