@@ -23,12 +23,13 @@ class Regularizer(nn.Module, abc.ABC):
     scalar weight · mean over the batch, summed over the layers of a model.
 
     Args:
-        weight: a number, or a schedule (`constant`, `exponential`, `linear`, `cosine`, or any function of the step).
+        weight: a number, not negative, or a schedule (`constant`, `exponential`, `linear`, `cosine`, or any function of
+            the step).
 
     A layer that is called several times in one forward pass holds its last solution, and only that one is penalized.
 
-    `step()` advances the schedule; `state_dict()` keeps its position. Penalties can be added and multiplied by numbers:
-    see `Sum`.
+    `step()` advances the schedule; `state_dict()` keeps its position. Penalties can be added, multiplied and
+    divided by numbers: see `Sum`.
 
     Attributes:
         local: whether one step at a sampled time is all that it looks at, so that solves of other libraries will do.
@@ -40,10 +41,22 @@ class Regularizer(nn.Module, abc.ABC):
 
     def __init__(self, weight: float | Schedule = 1.0):
         super().__init__()
-        if not callable(weight):
-            weight = constant(float(weight))
-        self._schedule = weight
+        self._schedule = weight if callable(weight) else constant(self._number(weight))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def _number(self, weight) -> float:
+        name = type(self).__name__
+        if not isinstance(weight, numbers.Real) and not (isinstance(weight, Tensor) and weight.numel() == 1):
+            raise TypeError(
+                f"weight must be a number or a schedule, got {weight!r}: {name}(weight=0.1), and other options "
+                f"by their names too (help(regularizers.{name}) has them)"
+            )
+        if weight < 0:
+            raise ValueError(
+                f"weight must not be negative, got {weight}: training would make the equation harder to solve; where "
+                f"that is meant, say -1.0 * {name}(...)"
+            )
+        return float(weight)
 
     @abc.abstractmethod
     def figure(self, solution: Solution) -> Tensor:
@@ -96,6 +109,12 @@ class Regularizer(nn.Module, abc.ABC):
         return Sum([self], [factor]) if isinstance(factor, numbers.Real) else NotImplemented
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Sum:
+        return self * (1.0 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
+
+    def __sub__(self, other):
+        raise TypeError("penalties are added and multiplied by numbers; for a difference say a + (-1.0) * b")
 
     def _mean(self, solution: Solution | Recorded) -> Tensor:
         if isinstance(solution, Recorded) and not self.local:

@@ -201,7 +201,9 @@ def test_imports_stay_light():
     script = (
         "import sys, regularizers; "
         "found = {'torchdiffeq', 'torchdyn', 'torchsde'} & set(sys.modules); assert not found, found; "
-        "import regularizers.torchdiffeq; assert 'torchdyn' not in sys.modules and 'torchsde' not in sys.modules"
+        "import regularizers.torchdiffeq; assert 'torchdyn' not in sys.modules and 'torchsde' not in sys.modules; "
+        "assert regularizers.torchsde.sdeint and regularizers.torchdyn.attach; assert 'torchdyn' not in sys.modules; "
+        "assert not hasattr(regularizers, 'jax')"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
