@@ -135,7 +135,7 @@ def solve(
     steps = {"dt0": dt0, "dt_min": dt_min, "dt_max": dt_max, "max_steps": max_steps}
     steps = {name: _control.number(name, x) for name, x in steps.items()}
     stops = {"jump_times": jump_times, "step_times": step_times}
-    return _untraced(_solve)(
+    return untraced(_solve)(
         equation,
         z0,
         t,
@@ -305,7 +305,7 @@ def _require_transformable(adjoint: Adjoint, solver: Solver, events: list[Event]
         )
 
 
-def _untraced(function):
+def untraced(function):
     """The function, out of torch.compile's sight.
 
     torch.compile around a layer compiles what stands before and after it: tracing into the data-dependent loop would

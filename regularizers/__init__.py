@@ -1,5 +1,7 @@
 """Penalties that make differential equations cheaper to solve."""
 
+import importlib
+
 from .attach import attach
 from .base import Regularizer, Sum
 from .derivative import JacobianFrobenius, KineticEnergy, TaylorDerivative
@@ -48,3 +50,10 @@ __all__ = [
     "linear",
     "record",
 ]
+
+
+def __getattr__(name: str):
+    """The adapters, imported when they are asked for: each needs its library."""
+    if name in ("torchdiffeq", "torchdyn", "torchsde"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

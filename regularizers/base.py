@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuralde.solution import Solution
 
-from .recorded import Recorded, Skipped
+from .recorded import AllFailed, Recorded, Skipped
 from .schedules import Schedule, constant
 
 
@@ -23,12 +23,13 @@ class Regularizer(nn.Module, abc.ABC):
     scalar weight · mean over the batch, summed over the layers of a model.
 
     Args:
-        weight: a number, or a schedule (`constant`, `exponential`, `linear`, `cosine`, or any function of the step).
+        weight: a number, not negative, or a schedule (`constant`, `exponential`, `linear`, `cosine`, or any function of
+            the step).
 
     A layer that is called several times in one forward pass holds its last solution, and only that one is penalized.
 
-    `step()` advances the schedule; `state_dict()` keeps its position. Penalties can be added and multiplied by numbers:
-    see `Sum`.
+    `step()` advances the schedule; `state_dict()` keeps its position. Penalties can be added, multiplied and
+    divided by numbers: see `Sum`.
 
     Attributes:
         local: whether one step at a sampled time is all that it looks at, so that solves of other libraries will do.
@@ -40,10 +41,22 @@ class Regularizer(nn.Module, abc.ABC):
 
     def __init__(self, weight: float | Schedule = 1.0):
         super().__init__()
-        if not callable(weight):
-            weight = constant(float(weight))
-        self._schedule = weight
+        self._schedule = weight if callable(weight) else constant(self._number(weight))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def _number(self, weight) -> float:
+        name = type(self).__name__
+        if not isinstance(weight, numbers.Real) and not (isinstance(weight, Tensor) and weight.numel() == 1):
+            raise TypeError(
+                f"weight must be a number or a schedule, got {weight!r}: {name}(weight=0.1), and other options "
+                f"by their names too (help(regularizers.{name}) has them)"
+            )
+        if weight < 0:
+            raise ValueError(
+                f"weight must not be negative, got {weight}: training would make the equation harder to solve; where "
+                f"that is meant, say -1.0 * {name}(...)"
+            )
+        return float(weight)
 
     @abc.abstractmethod
     def figure(self, solution: Solution) -> Tensor:
@@ -97,6 +110,12 @@ class Regularizer(nn.Module, abc.ABC):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Sum:
+        return self * (1.0 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
+
+    def __sub__(self, other):
+        raise TypeError("penalties are added and multiplied by numbers; for a difference say a + (-1.0) * b")
+
     def _mean(self, solution: Solution | Recorded) -> Tensor:
         if isinstance(solution, Recorded) and not self.local:
             raise TypeError(
@@ -106,8 +125,11 @@ class Regularizer(nn.Module, abc.ABC):
             )
         if isinstance(solution, Skipped):
             return solution.zero
-        if isinstance(solution, Recorded):  # the library raises where it fails
-            return self.figure(solution).mean()
+        if isinstance(solution, Recorded):
+            try:
+                return self.figure(solution).mean()
+            except AllFailed:
+                return solution.zero
         # A penalty that is to bring steady states about is wanted most where they were not reached.
         counted = solution.usable if self.of_steady else solution.converged
         if bool(counted.all()):
@@ -206,8 +228,11 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
 
 
 def _held(model: nn.Module) -> Iterator[Solution | Recorded | None]:
-    # Layers are known by what they hold, so that those of every kind, and users' own, count.
+    # Layers are known by what they hold, so that those of every kind, and users' own, count. What torch.compile makes
+    # of a layer holds what the layer does: the same one, which counts once.
+    seen = set()
     for module in model.modules():
         solution = getattr(module, "solution", model)
-        if isinstance(solution, Solution | Recorded | None):
+        if isinstance(solution, Solution | Recorded | None) and (solution is None or id(solution) not in seen):
+            seen.add(id(solution))
             yield solution

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from neuralde.errors import NonFiniteState
 from neuralde.introspection import Probe
-from neuralde.state import all_finite
+
+from .rows import Rows
 
 # The recordings that are open, outermost first: (the list that fills, where its times come from).
 _OPEN: contextvars.ContextVar[tuple] = contextvars.ContextVar("recordings", default=())
@@ -33,8 +34,9 @@ def record(generator: torch.Generator | None = None) -> Iterator[list[Recorded]]
 
     Args:
         generator: where the sampled times come from. None: from that of a recording around this one, else from a
-            stream of their own, which starts at torch.manual_seed's seed and leaves the random numbers of torch, NumPy
-            and Python as they were.
+            stream of their own, which leaves the random numbers of torch, NumPy and Python as they were. It starts anew
+            where torch.manual_seed was called with another seed; the same seed again can't be seen, and it goes on:
+            times that repeat within a process need a generator here.
     """
     solutions: list[Recorded] = []
     token = _OPEN.set((*_OPEN.get(), (solutions, generator)))
@@ -92,25 +94,33 @@ class Place:
     state: Callable
 
 
+class AllFailed(NonFiniteState):
+    """No sample of a recorded solve is finite: a penalty of it is 0."""
+
+
 class Recorded:
     """What a penalty takes of a solve that another library made.
 
     Args:
         source: who made it, for messages.
         places: the sampled point for each sampling, or why there is none.
-        lens: lens(place, z, solver, figure) -> the `Probe` from there, by that solver, or by the one that corresponds
-            to the library's method where it has that figure (see `able`).
-        like: a tensor of the state.
+        lens: lens(place, z, solver, figure, rows) -> the `Probe` of those rows from there, by that solver, or by the
+            one that corresponds to the library's method where it has that figure (see `able`).
+        end: the last state of the solve, a tensor or several.
 
     Attributes:
-        converged: all True, [1]: another library raises where it fails.
+        converged: all True, [1]: another library raises where it fails, or goes on with samples that are not finite,
+            which `probe` leaves out.
 
     The time was sampled as the solve was made, so that a penalty of one solve has one value, whenever it is asked. A
     copy or a pickle of it is None: it holds a graph, and belongs to one call.
     """
 
-    def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], like: Tensor):
+    def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], end):
         self.source, self._places, self._lens = source, places, lens
+        self._end = pytree.tree_map(torch.detach, end)
+        like = pytree.tree_leaves(end)[0]
+        self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
         self._states = {}  # what a place's state is as a constant: some are made when they are asked for
         self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
         self._kind = like.device.type
@@ -139,9 +149,12 @@ class Recorded:
             figure: "error" or "stiffness", the only one that is wanted: tsit5 steps in for a method without it. None:
                 those that the method has.
 
+        Samples that are not finite there or at the end of the solve have no part in it: the figures, which are one for
+        the whole state, are those of the others.
+
         Raises:
             ValueError: this solve has no such point, or no tape at it.
-            NonFiniteState: the solution is not finite there.
+            NonFiniteState: no sample is finite.
         """
         place = self.place(sampling)
         with self._as_it_was():
@@ -151,9 +164,10 @@ class Recorded:
                 if sampling not in self._states:
                     self._states[sampling] = place.state(False)
                 z = self._states[sampling]
-            if not all(map(all_finite, pytree.tree_leaves(z))):
-                raise NonFiniteState(f"the solution of {self.source} is not finite at t = {float(place.t):.6g}")
-            return self._lens(place, z, solver, figure)
+            rows = Rows(z, self._end)
+            if rows.none:
+                raise AllFailed(f"no sample of {self.source} is finite at t = {float(place.t):.6g} and at the end")
+            return self._lens(place, rows.state(z), solver, figure, rows)
 
     def _as_it_was(self) -> contextlib.AbstractContextManager:
         """f is evaluated as it was in the solve, wherever the penalty is taken."""
@@ -176,7 +190,6 @@ class Skipped(Recorded):
 
     def __init__(self, source: str, like: Tensor):
         super().__init__(source, {}, None, like)
-        self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
 
 
 class Passing:

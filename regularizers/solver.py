@@ -133,7 +133,10 @@ class _Local(Regularizer):
     def __init__(self, sampling: str, weight: float | Schedule, through_state: bool, solver, generator):
         super().__init__(weight)
         if sampling not in ("unbiased", "biased"):
-            raise ValueError(f"sampling must be 'unbiased' or 'biased', got {sampling!r}")
+            raise ValueError(
+                f"sampling must be 'unbiased' or 'biased', got {sampling!r}; a weight or a schedule is given by its "
+                f"name: {type(self).__name__}(weight=...)"
+            )
         self.sampling, self.through_state, self.solver, self.generator = sampling, through_state, solver, generator
 
     def sample(self, solution: Solution) -> Tensor:

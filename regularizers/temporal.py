@@ -39,6 +39,8 @@ class Steer(Regularizer):
     """
 
     def __init__(self, b: float | Schedule | None = None, generator: torch.Generator | None = None):
+        if not (b is None or callable(b) or isinstance(b, numbers.Real)):
+            raise TypeError(f"b must be a number, a schedule or None, got {b!r}")
         if isinstance(b, numbers.Real) and not (math.isfinite(b) and b > 0):
             raise ValueError(f"b must be positive and finite, got {b}")
         super().__init__(0.5 if b is None else b)
@@ -87,17 +89,24 @@ class Steer(Regularizer):
             What t was: a tuple of numbers, or a tensor.
 
         Raises:
-            ValueError: b is too large for these times.
+            TypeError: t is none of these. ValueError: it has less than two times, or b is too large for them.
         """
         self._used = True
-        if not self.training:
-            return t
         if isinstance(t, Tensor):
             times = t
         elif _numbers(t):
             times = torch.tensor(t, dtype=torch.float64)
-        else:
+        elif isinstance(t, tuple | list):
             times = torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, t)), dim=-1)
+        else:
+            raise TypeError(f"t must be (t0, t1) or a tensor of times, got {t!r}")
+        if times.dim() not in (1, 2) or times.shape[-1] < 2:
+            raise ValueError(
+                "t must have the start and the end of a solve, (t0, t1), or output times, [times] or [batch, times], "
+                f"two at least; got {t if times.numel() < 3 else list(times.shape)}"
+            )
+        if not self.training:
+            return t
         moved = times + self._shift(times.detach())
         return tuple(moved.tolist()) if _numbers(t) else moved
 

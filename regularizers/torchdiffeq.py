@@ -28,8 +28,10 @@ import neuralde as nde
 from neuralde import introspection
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
+from neuralde.solve import untraced
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .rows import Rows
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
 
@@ -62,10 +64,13 @@ class _Recording:
         usable = usable and isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point()
         if not usable or len(t) < 2 or not wanted(func):
             result = self.__wrapped__(func, y0, t, **kwargs)
-            solution = Skipped(f"torchdiffeq.{self.__name__}", likes[0]) if usable else None
-        else:
-            result, solution = _Solve(self.__wrapped__, self._adjoint, func, y0, t, kwargs).run()
-        self._last.solution = solution and keep(solution)
+            self._last.solution = keep(Skipped(f"torchdiffeq.{self.__name__}", likes[0])) if usable else None
+            return result
+        return untraced(_Recording._watched)(self, func, y0, t, kwargs)
+
+    def _watched(self, func, y0, t, kwargs: dict):
+        result, solution = _Solve(self.__wrapped__, self._adjoint, func, y0, t, kwargs).run()
+        self._last.solution = keep(solution)
         return result
 
     def __reduce__(self):
@@ -104,7 +109,6 @@ class _Solve:
         self.source = f"torchdiffeq.{function.__name__} (method {self.method!r})"
         ends = t.detach()[[0, -1]]
         self.direction = -1 if bool(ends[1] < ends[0]) else 1
-        self.like = y0 if isinstance(y0, Tensor) else y0[0]
 
     def run(self) -> tuple[object, Recorded]:
         """(what torchdiffeq returns, what a penalty takes)."""
@@ -117,7 +121,8 @@ class _Solve:
             result = self._call(self.func, self.t, {})
             why = f"method {self.method!r} is not known here"
             places = {"unbiased": why, "biased": why}
-        return result, Recorded(self.source, places, self._lens, self.like)
+        ys = result if self.kwargs.get("event_fn") is None else result[1]
+        return result, Recorded(self.source, places, self._lens, pytree.tree_map(lambda y: y[-1], ys))
 
     def _call(self, func, t: Tensor, changed: dict):
         kwargs = {**self.kwargs, **changed}
@@ -251,28 +256,26 @@ class _Solve:
             )
         return pytree.tree_map(lambda y: y[1], ys)
 
-    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
+    def _lens(self, place: Place, z, solver, figure: str | None, rows: Rows) -> Probe:
         if solver is None:
             solver = self.solver if self.solver is not None and able(self.solver, figure) else "tsit5"
         solver = nde.solvers.get(solver)
         if place.dt is not None and self._plain(z, solver):
-            found = introspection.probe_step(
-                self._field, place.t, z, place.dt, solver, **self.tolerances, figure=figure
-            )
+            field = rows.still(lambda t, y: self.func(t, y).to(y.dtype))
+            found = introspection.probe_step(field, place.t, z, place.dt, solver, **self.tolerances, figure=figure)
+            found = rows.averaged(found)
             figures = {name: getattr(found, name) for name in ("error", "raw_error", "stiffness")}
             return dataclasses.replace(found, **{name: x if x is None else x[:1] for name, x in figures.items()})
         how = {"method": self.method, "options": self.options, **self.tolerances}
         ends = {"dt": place.dt, "t1": None if place.dt is not None else self.t.detach()[-1]}
-        return interop.probe(self.func, place.t, z, solver=solver, **how, **ends)
+        found = interop.probe(rows.still(self.func), place.t, z, solver=solver, **how, **ends)
+        return found if "norm" in self.options else rows.averaged(found)
 
     def _plain(self, z, solver: nde.solvers.Solver) -> bool:
         """Whether the state can be a batch, with one step and one norm, which is quicker than to be one sample."""
         numbers = all(isinstance(x, float | int) for x in self.tolerances.values())
         batch = isinstance(z, Tensor) and z.dim() > 0 and not solver.linearizes  # func may mix its rows
         return numbers and batch and "norm" not in self.options
-
-    def _field(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.func(t, y).to(y.dtype)
 
 
 class _Ends:

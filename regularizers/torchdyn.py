@@ -20,9 +20,11 @@ import neuralde as nde
 from neuralde import introspection, solvers
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
+from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .rows import Rows
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
 _SOLVERS = {
@@ -75,6 +77,10 @@ class _Call:
     def __init__(self, layer: nn.Module, name: str):
         self.layer, self.name = layer, name
 
+    def __call__(self, *args, **kwargs):
+        """As the layer's method; torch.compile does not look inside, and compiles what stands around it."""
+        return untraced(type(self).made)(self, *args, **kwargs)
+
     def original(self, *args, **kwargs):
         """What the layer's class does."""
         return getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
@@ -97,7 +103,8 @@ class _Call:
 class _Watched(_Call):
     """forward or trajectory of a NeuralODE, watched."""
 
-    def __call__(self, x, t_span=None, *args, **kwargs):
+    def made(self, x, t_span=None, *args, **kwargs):
+        """The call."""
         layer = self.layer
         layer.solution = None  # lets go of the last call's graph before this one's is built
         like = pytree.tree_leaves(x)[0]
@@ -118,7 +125,8 @@ class _Watched(_Call):
                 layer.__dict__["solver"] = own
         eye.close()
         taped = self.name == "trajectory" or layer.sensitivity == "autograd"
-        layer.solution = keep(_Solve(layer, layer.solver, eye, taped).recorded(like))
+        zs = result[1] if self.name == "forward" and layer.return_t_eval else result
+        layer.solution = keep(_Solve(layer, layer.solver, eye, taped).recorded(zs))
         return result
 
 
@@ -146,6 +154,8 @@ class _Eye:
         return type(self._solver)
 
     def __getattr__(self, name):
+        if "_solver" not in vars(self):  # not made yet: of a copy, or of one that is being unpickled or traced
+            raise AttributeError(name)
         return getattr(self._solver, name)
 
     def sync_device_dtype(self, x, t_span):
@@ -187,14 +197,19 @@ class _Solve:
         self.left = [(m, name, vars(m)[name]) for m in layer.vf.modules() for name in _LEFT if name in vars(m)]
         self.rtol, self.atol = float(layer.rtol), float(layer.atol)
 
-    def recorded(self, like: Tensor) -> Recorded:
-        """What a penalty takes."""
+    def recorded(self, zs) -> Recorded:
+        """What a penalty takes of the solve with those outputs."""
         around, uniform = self.passing.around, self.passing.uniform
         places = {
             "unbiased": self._place(self.at, around[2], lambda through: self._inside(around, through)),
             "biased": self._place(uniform[0], uniform[2], lambda through: self._constant(uniform[1][0], through)),
         }
-        return Recorded(f"torchdyn's NeuralODE ({type(self.solver).__name__})", places, self._lens, like)
+        return Recorded(
+            f"torchdyn's NeuralODE ({type(self.solver).__name__})",
+            places,
+            self._lens,
+            pytree.tree_map(lambda z: z[-1], zs),
+        )
 
     def _place(self, t: Tensor, dt: Tensor, state) -> Place:
         return Place(self.direction * t.detach().reshape(()), self.direction * dt.detach().reshape(()), state)
@@ -229,11 +244,14 @@ class _Solve:
     def _field(self, t: Tensor, z: Tensor) -> Tensor:
         return self.layer.vf(t.reshape(self.passing.around[0].shape), z)
 
-    def _lens(self, place: Place, z, solver, figure: str | None) -> Probe:
+    def _lens(self, place: Place, z, solver, figure: str | None, rows: Rows) -> Probe:
         own = method_of(self.solver) if solver is None else solvers.get(solver)
         own = own if solver is not None or able(own, figure) else solvers.get("tsit5")
         with _as_left(self.left):
-            return introspection.probe_step(self._field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
+            field = rows.still(self._field)
+            return rows.averaged(
+                introspection.probe_step(field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
+            )
 
 
 @contextlib.contextmanager
@@ -290,8 +308,8 @@ class _Swapped(_Call):
             how["step_times"] = t_span[1:-1] if len(t_span) > 2 else None
         return how
 
-    def __call__(self, x, t_span=None, save_at=(), args=None):
-        """As the layer's method; neither of torchdyn's and our steps has a use for args."""
+    def made(self, x, t_span=None, save_at=(), args=None):
+        """The call; neither of torchdyn's and our steps has a use for args."""
         layer = self.layer
         layer.solution = None
         x, t_span = layer._prep_integration(x, self.times(t_span, save_at))
@@ -312,7 +330,8 @@ class _Swapped(_Call):
 class _WatchedSDE(_Call):
     """forward or trajectory of a NeuralSDE, whose calls of torchsde are made here, watched."""
 
-    def __call__(self, x, s_span=None):
+    def made(self, x, s_span=None):
+        """The call."""
         from . import torchsde
 
         layer = self.layer

@@ -26,8 +26,10 @@ import neuralde as nde
 from neuralde import solvers
 from neuralde.control import rms
 from neuralde.introspection import Probe
+from neuralde.solve import untraced
 
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .rows import Rows
 
 __all__ = ["sdeint", "sdeint_adjoint"]
 
@@ -65,11 +67,15 @@ class _Recording:
             result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
             self._last.solution = keep(Skipped(source, y0)) if usable else None
             return result
+        return untraced(_Recording._watched)(self, source, how)
+
+    def _watched(self, source: str, how: dict):
         watch = _Watch(source, how, self._taped)
         unknown = how.pop("unused_kwargs", {})
         result = self.__wrapped__(**{**how, **unknown, "sde": watch.sde, "bm": watch.path})
-        watch.close(result if isinstance(result, Tensor) else result[0])
-        self._last.solution = keep(watch.recorded())
+        ys = result if isinstance(result, Tensor) else result[0]
+        watch.close(ys)
+        self._last.solution = keep(watch.recorded(ys[-1]))
         return result
 
     def __reduce__(self):
@@ -149,8 +155,8 @@ class _Watch:
         if self._last is not None:
             self._arrived(self._last[0] + self._last[2], ys[-1])
 
-    def recorded(self) -> Recorded:
-        """What a penalty takes."""
+    def recorded(self, end: Tensor) -> Recorded:
+        """What a penalty takes of the solve, which ended there."""
         if self.method == "reversible_heun":
             why = "method 'reversible_heun' does not evaluate the SDE at its states; take 'heun' or 'midpoint'"
             places = {"unbiased": why, "biased": why}
@@ -168,7 +174,7 @@ class _Watch:
                 "unbiased": Place(self.at, dt, inside),
                 "biased": Place(first, whole, lambda through: self._constant(states[0], through)),
             }
-        return Recorded(self.source, places, self._lens, self.how["y0"])
+        return Recorded(self.source, places, self._lens, end)
 
     def _constant(self, y: Tensor, through: bool) -> Tensor:
         if through and not self.taped:
@@ -177,11 +183,13 @@ class _Watch:
             )
         return y if through else y.detach()
 
-    def _lens(self, place: Place, y: Tensor, solver, figure: str | None) -> Probe:
+    def _lens(self, place: Place, y: Tensor, solver, figure: str | None, rows: Rows) -> Probe:
         if not able(_Estimate, figure) or not (solver is None or solver in _METHODS):
-            return self._by_neuralde(place, y, solver, figure)
+            return self._by_neuralde(place, y, solver, figure, rows)
         method, how = solver or self.method, self.how
         t, dt = place.t, torch.as_tensor(place.dt).to(place.t)
+        if not bool((t < t + 0.5 * dt) & (t + 0.5 * dt < t + dt)):
+            dt = torch.as_tensor(how["dt"]).to(t)  # a last step that rounding left over, which has no halves
         noise = torchsde.BrownianInterval(
             t0=t,
             t1=t + dt,
@@ -206,27 +214,20 @@ class _Watch:
 
         middle = t + 0.5 * dt
         whole, halves = step(t, t + dt, y), step(middle, t + dt, step(t, middle, y))
-        error = whole - halves
+        error = rows.without(whole - halves)
         scale = how["atol"] + how["rtol"] * torch.maximum(whole.abs(), halves.abs())
         batch = len(y)
-        return Probe(
-            t.expand(batch),
-            dt.expand(batch),
-            halves,
-            rms(error / scale, True).expand(batch),
-            rms(error, True).expand(batch),
-            None,
-            method,
-        )
+        figures = (rms(x, True).expand(batch) for x in (error / scale, error))
+        return rows.averaged(Probe(t.expand(batch), dt.expand(batch), halves, *figures, None, method))
 
-    def _by_neuralde(self, place: Place, y: Tensor, solver, figure: str | None) -> Probe:
+    def _by_neuralde(self, place: Place, y: Tensor, solver, figure: str | None, rows: Rows) -> Probe:
         """The step by a solver of ours, where torchsde's method does not report what is asked for."""
         how = self.how
         sde, names = how["sde"], how["names"] or {}
         f, g = (getattr(sde, names.get(name, x), None) for name, x in (("drift", "f"), ("diffusion", "g")))
         if f is None or g is None:
             raise ValueError(f"a step of {self.source} by a solver of neuralde's needs the SDE's own f and g")
-        equation = nde.SDE(f, g, sde.noise_type, sde.sde_type)
+        equation = nde.SDE(rows.still(f), rows.still(g), sde.noise_type, sde.sde_type)
         solver = solvers.for_sde(solver, equation)
         if not able(solver, figure):
             raise ValueError(
@@ -234,8 +235,8 @@ class _Watch:
                 "LocalError has what it needs"
             )
         tolerances = {"rtol": how["rtol"], "atol": how["atol"]}
-        return nde.probe(
-            equation, place.t, y, place.dt, solver=solver, control="joint", seed=self.entropy, **tolerances
+        return rows.averaged(
+            nde.probe(equation, place.t, y, place.dt, solver=solver, control="joint", seed=self.entropy, **tolerances)
         )
 
 
@@ -256,6 +257,8 @@ class _Path:
         self._brownian, self._notice = brownian, notice
 
     def __getattr__(self, name):
+        if "_brownian" not in vars(self):  # not made yet: of a copy, or of one that is being unpickled
+            raise AttributeError(name)
         return getattr(self._brownian, name)
 
     def __call__(self, ta, tb=None, **what):

@@ -83,6 +83,16 @@ def test_several_solves_shared_fields_and_sequential(function):
         penalty(nothing)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_compiled_model():
+    block = Block(Net(), adapter.odeint)
+    compiled = torch.compile(block, backend="eager")
+    assert torch.equal(compiled(start()), block(start()))
+    with reg.record() as solutions:
+        compiled(start())
+    assert len(solutions) == 1 and bool(reg.LocalError()(adapter.odeint.solution) > 0)
+
+
 @FUNCTION
 def test_no_penalty_no_cost_without_gradients_and_in_eval_mode(function):
     f, ours = Net(), getattr(adapter, function)
@@ -191,7 +201,9 @@ def test_imports_stay_light():
     script = (
         "import sys, regularizers; "
         "found = {'torchdiffeq', 'torchdyn', 'torchsde'} & set(sys.modules); assert not found, found; "
-        "import regularizers.torchdiffeq; assert 'torchdyn' not in sys.modules and 'torchsde' not in sys.modules"
+        "import regularizers.torchdiffeq; assert 'torchdyn' not in sys.modules and 'torchsde' not in sys.modules; "
+        "assert regularizers.torchsde.sdeint and regularizers.torchdyn.attach; assert 'torchdyn' not in sys.modules; "
+        "assert not hasattr(regularizers, 'jax')"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -287,12 +287,46 @@ def test_what_a_black_box_cannot_give():
     solved(adapter, "odeint", f, method="scipy_solver")
     with refused(ValueError, "biased", "SciPy"):
         reg.LocalError("biased")(adapter.odeint.solution)
-    steep = nn.Linear(3, 3).double()
-    adapter.odeint(lambda t, y: steep(y) * float("inf"), start(), TIMES["forwards"], method="euler")
-    with refused(nde.NonFiniteState, "odeint", "t = "):
-        for _ in range(20):  # until a time is drawn after the first step
-            adapter.odeint(lambda t, y: steep(y) * float("inf"), start(), TIMES["forwards"], method="euler")
-            reg.LocalError()(adapter.odeint.solution)
+
+
+@FUNCTION
+@pytest.mark.parametrize("tupled", [False, True])
+@pytest.mark.parametrize("fails", ["at once", "later"])
+def test_samples_that_are_not_finite_have_no_part(function, tupled, fails):
+    """The value and its gradient are those of the others alone; of none they are 0."""
+    f, solve = Net(), getattr(adapter, function)
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = f
+
+        def one(self, t, y):
+            return self.f(t, y) / torch.where(t < 0.3, 1.0, (y[:, :1].abs() < 1e3).double())
+
+        def forward(self, t, y):
+            return tuple(self.one(t, x) for x in y) if tupled else self.one(t, y)
+
+    def made(y0):
+        with reg.record(torch.Generator().manual_seed(2)):
+            solve(Field(), (y0, 2 * y0) if tupled else y0, TIMES["forwards"], method="rk4", **LOOSE)
+        found = []
+        for penalty in (reg.LocalError(), reg.LocalError("biased", scaled=False), reg.LocalStiffness()):
+            value = penalty(solve.solution)
+            found.append((value, gradients([value.sqrt()], f) if value.requires_grad else None))
+        return found
+
+    y0, bad = start(), float("nan") if fails == "at once" else 1e6
+    some = y0.clone()
+    some[[1, 3]] = bad
+    for (ours, g), (alone, g_alone) in zip(made(some), made(y0[[0, 2, 4]]), strict=True):
+        close(ours, alone, 1e-12)
+        assert float(ours.detach()) > 0
+        for a, b in zip(g, g_alone, strict=True):
+            close(a, b, 1e-10)
+    assert all(float(value) == 0.0 for value, _ in made(torch.full_like(y0, bad)))
+    with refused(nde.NonFiniteState, function, "no sample"):
+        solve.solution.probe("unbiased")
 
 
 def test_sums_of_penalties():

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from torch import nn
 
 import neuralde as nde
 import regularizers as reg
+from regularizers.torchdyn import _Eye
 
 # torchdyn takes seconds to import: only where these tests run.
 core = pytest.importorskip("torchdyn.core")
@@ -207,6 +210,53 @@ def test_models():
     assert torch.equal(other(start()), model(start())) and other[1].solution is not None
     assert other[1].solution is not before
     assert set(model.state_dict()) == set(other.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("engine", [None, "neuralde"])
+def test_compiled_models(engine):
+    """torch.compile works on what stands around a layer, whichever of it and attach() comes first."""
+
+    def made():
+        return nn.Sequential(layer(sensitivity="adjoint", return_t_eval=False), nn.Flatten(1))
+
+    plain = reg.attach(made(), engine)
+    expected = plain(start())
+    for compiled in (
+        torch.compile(reg.attach(made(), engine), backend="eager"),
+        reg.attach(torch.compile(made(), backend="eager"), engine),
+    ):
+        assert torch.equal(compiled(start()), expected)
+        with reg.record(torch.Generator().manual_seed(5)) as solutions:
+            compiled(start())
+        value = reg.LocalStiffness()(compiled)
+        assert float(value.detach()) > 0 and len(solutions) == 1
+        assert any(bool(g.any()) for g in gradients(value, compiled) if g is not None)
+    # What is made of the layer itself holds the layer's solve, which counts once.
+    alone = torch.compile(plain[0], backend="eager")
+    alone(start())
+    assert len(reg.base.solutions(alone)) == 1
+
+
+def test_what_watches_a_solver_can_be_copied():
+    solver = layer().solver
+    eye = copy.copy(_Eye(solver, random.Random(0)))
+    assert eye._solver is solver and eye.order == solver.order
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_samples_that_are_not_finite_have_no_part(sensitivity):
+    ours, x = reg.attach(layer("rk4", sensitivity)), start()
+    found = []
+    for one in (x.clone(), x[[0, 2, 3, 4, 5]], torch.full_like(x, torch.nan)):
+        if len(one) == len(x) and not found:
+            one[1] = torch.nan
+        with reg.record(torch.Generator().manual_seed(2)):
+            ours(one, SPANS["forwards"])
+        found.append([penalty(ours) for penalty in (reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness())])
+    for value, alone, nothing in zip(*found, strict=True):
+        close(value, alone, 1e-10)
+        assert float(value.detach()) > 0 == float(nothing)
 
 
 def test_trajectories_and_shared_solvers():

@@ -186,6 +186,23 @@ def test_gradients_through_the_state():
         reg.LocalError(through_state=True)(adapter.sdeint_adjoint.solution)
 
 
+@FUNCTION
+def test_samples_that_are_not_finite_have_no_part(function):
+    """The values are those where a finite sample stands in place of the one that failed, without its part."""
+    sde, solve = SDE(), getattr(adapter, function)
+    penalties = [reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness()]
+    y0 = start()
+    y0[2] = torch.nan
+    with reg.record(torch.Generator().manual_seed(2)):
+        solve(sde, y0, TS, method="euler", dt=0.1)
+    for penalty in penalties:
+        value = penalty(solve.solution)
+        g = torch.autograd.grad(value, list(sde.drift.parameters()))
+        assert float(value.detach()) > 0 and all(bool(x.isfinite().all()) for x in g) and bool(g[0].any())
+    solve(sde, torch.full_like(y0, torch.nan), TS, method="euler", dt=0.1)
+    assert [float(penalty(solve.solution)) for penalty in penalties] == [0.0] * 3
+
+
 def test_what_a_black_box_cannot_give():
     sde = SDE("stratonovich")
     solved(adapter, "sdeint", sde, method="heun")

@@ -116,6 +116,18 @@ def test_bad_weights():
             reg.GlobalError(weight)
         with refused(ValueError, "value"):
             reg.constant(weight)
+    for cls in (*GLOBAL, *ALONG):
+        with refused(TypeError, "weight", "'biased'", cls.__name__):
+            cls("biased")
+    for cls in LOCAL:
+        for weight in (0.1, reg.constant(0.1)):
+            with refused(ValueError, "sampling", f"{cls.__name__}(weight=...)"):
+                cls(weight)
+    for cls in reg.REGULARIZERS.values():
+        with refused(TypeError, "weight must be a number or a schedule", "'0.1'"):
+            cls(weight="0.1")
+        with refused(ValueError, "weight must not be negative", "-0.1"):
+            cls(weight=-0.1)
 
 
 @EVERY

@@ -48,6 +48,18 @@ def test_the_end_is_uniform(t, b):
     assert uniform([float(x[1]) for x in drawn], float(t[1]) - half, float(t[1]) + half)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_times_that_are_none(training):
+    steer = reg.Steer().train(training)
+    for t in (torch.zeros(1), torch.zeros(0), torch.zeros(3, 1), torch.zeros(()), torch.zeros(2, 2, 2), (0.0,), []):
+        with refused(ValueError, "t must have", "(t0, t1)", "got"):
+            steer.sample(t)
+    with refused(TypeError, "(t0, t1)", "1.0"):
+        steer.sample(1.0)
+    with refused(TypeError, "b must", "'1'"):
+        reg.Steer("1")
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("b", [None, 0.15])
 def test_output_times_are_uniform_around_where_they_were(sign, b):
@@ -283,6 +295,15 @@ def test_bad_sums():
         reg.Sum([])
     with refused(ValueError, "factor"):
         reg.Sum([a, b], [1.0])
+
+
+def test_a_penalty_over_a_number_and_differences():
+    a, b, _ = parts()
+    assert (a / 4).factors == [0.25] and isinstance(a / 4, reg.Sum)
+    with refused(TypeError, "(-1.0) * b"):
+        a - b
+    with pytest.raises(TypeError):
+        a / b
 
 
 # -- one's own -----------------------------------------------------------------------------------------------------
