@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import gc
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -55,8 +56,8 @@ def trained(config: demo.Config, name: str, seed: int) -> dict:
     return {"regularizer": name, "seed": seed, "accuracy": history.accuracy[-1], "nfe": history.nfe[-1]}
 
 
-def steps_of(config: demo.Config, names: list[str]) -> dict[str, Callable[[], None]]:
-    """One training step of every variant, of the same model on the same batch."""
+def steps_of(config: demo.Config, names: list[str], backward: bool = True) -> dict[str, Callable[[], None]]:
+    """One training step of every variant, of the same model on the same batch; or the forward half of it."""
     data = digits(torch.float64)
     x, y = data.train_x[: config.batch], data.train_y[: config.batch]
 
@@ -65,11 +66,15 @@ def steps_of(config: demo.Config, names: list[str]) -> dict[str, Callable[[], No
         model = demo.make_model(config)
         penalty = None if VARIANTS[name] is None else VARIANTS[name](1).prepare(model)
 
+        seeds = itertools.count()  # other end times, times and noise in every round, and the same for all variants
+
         def step():
-            torch.manual_seed(1)  # the same times and noise in every round
+            torch.manual_seed(next(seeds))
             model.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
-            (loss if penalty is None else loss + penalty(model)).backward()
+            loss = loss if penalty is None else loss + penalty(model)
+            if backward:
+                loss.backward()
 
         return step
 
@@ -113,6 +118,7 @@ def main():
     steps = steps_of(config, names)
     seconds = in_turns(steps, given.rounds, least=0.0) if given.rounds else None
     memory = {name: peak(step) for name, step in steps.items()}
+    ahead = {name: peak(step) for name, step in steps_of(config, names, backward=False).items()}
     print("steps measured; training", file=sys.stderr)
     known = earlier(given.results) if given.join else {}
     runs = []
@@ -135,6 +141,7 @@ def main():
                 "times none's": median_ratio(seconds[name], seconds["none"]) if seconds else None,
                 "spread": spread(seconds[name]) if seconds else None,
                 "peak of a step (MB)": memory[name] / 1e6,
+                "of its forward half (MB)": ahead[name] / 1e6,
             }
         )
     per_step = {name: statistics.median(seconds[name]) if seconds else None for name in names}
@@ -144,8 +151,9 @@ def main():
         f"atol = {config.tolerance}, float64, checkpointed adjoint; {config.epochs} epochs of Adam, batch "
         f"{config.batch}; mean and sample standard deviation over {given.seeds} seeds.",
         "A step is the forward pass, the penalty and the backward pass of a fresh model on one batch: the same NFE for "
-        "all but Steer, which draws one end time (the same in every round). Training gets faster as NFE falls.",
-        "Memory is that of the tensors alive at once.",
+        "all but Steer, which draws another end time in every round. Training gets faster as NFE falls.",
+        "Memory is that of the tensors alive at once. Where it is the same for several penalties, the solve's own "
+        "backward pass has the peak; the forward half, the penalty's included, tells them apart.",
     ]
     if known:
         notes.append("NFE and accuracy are, in part or all, of trainings that an earlier run made (--join).")

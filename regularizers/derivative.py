@@ -7,6 +7,7 @@ Their integrals are taken by Simpson's rule on the steps that the solver accepte
 from __future__ import annotations
 
 import abc
+import functools
 
 import torch
 from torch import Tensor
@@ -133,12 +134,9 @@ class JacobianFrobenius(_Along):
         state = solution._problem.field.layout.solution(solution._z0)
         device = state.device if self.generator is None else self.generator.device
         noise = torch.randn(state.shape, dtype=state.dtype, generator=self.generator, device=device).to(state.device)
-        return introspection.integrate(solution, lambda *where: self._estimate(noise, *where))
+        return introspection.integrate(solution, functools.partial(self._at, noise=noise))
 
-    def _at(self, f, t: Tensor, z: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._estimate(torch.randn_like(z), f, t, z, None)
-
-    def _estimate(self, noise: Tensor, f, t: Tensor, z: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _at(self, f, t: Tensor, z: Tensor, rows: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
         noise, time = noise if rows is None else noise[rows], f.times(t)[0]
         if transforms.active():
             slope, pull = torch.func.vjp(lambda z: f(time, z), z)
