@@ -136,8 +136,8 @@ def test_a_compiled_solve_is_the_same(compiled_only, differentiated):
 @COMPILER
 @pytest.mark.slow
 def test_rejected_and_many_attempts(compiled_only):
-    control = nde.StepControl(per_sample=False, safety=1.0, factor_max=5.0, beta1=0.6, beta2=0.0)
-    assert int(agree(Case(control=control)).stats.rejected.max()) > 0
+    control = nde.StepControl(per_sample=False, safety=1.0, factor_max=10.0, beta1=1.0, beta2=0.0)
+    assert int(agree(Case(seed=3, rtol=3e-2, atol=3e-2, control=control)).stats.rejected.max()) > 0
     mine = agree(Case(rtol=1e-3, atol=1e-3, dt_max=0.03, dt_min=1e-4))
     assert int(mine.stats.accepted.max()) > 128  # more than twice what a log holds
     agree(Case(batch=7))
