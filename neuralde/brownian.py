@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .bisection import Noise, Way
 from .descent import Known
-from .hashing import GOLDEN, mix, normals, signed
+from .hashing import GOLDEN, ODD, mix, normals, signed
 
 _LEVELS = {torch.float32: 24, torch.float64: 32}  # of bisection below a cell: float32 has no finer times
 _PATHS = ("independent", "antithetic", "shared")
@@ -164,7 +164,9 @@ class Tree:
         self.dtype = dtype
         motion = torch.arange(channels, device=index.device) * GOLDEN
         start = mix(torch.tensor(signed(seed), device=index.device))
-        self.keys = mix(mix(index * GOLDEN + start)[:, None] + motion)
+        # Cells of another length have other numbers: with the same ones, [0, 1] and [0, 2] would have one path, scaled.
+        length = (torch.frexp(cell)[1].to(torch.int64) - 1)[:, None] * ODD
+        self.keys = mix(mix(index * GOLDEN + start)[:, None] + motion + length)
         self._known: list[tuple[Tensor, Tensor]] = []  # of the last point: counters and numbers, level by level
         self._part: tuple[Tensor, Tree] | None = None
         self._descent: Known | None = None

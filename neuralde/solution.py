@@ -221,19 +221,23 @@ class Solution:
         """The Brownian paths that drove an SDE: W(t) - W(t0), [points, batch, channels]. A constant.
 
         Args:
-            t: [points] ascending times on the horizon.
+            t: [points] ascending times on the horizon; or one time, and the answer is [batch, channels].
 
         Raises:
-            ValueError: it was no SDE, or the times do not ascend.
+            ValueError: it was no SDE, or the times do not ascend or are not on the horizon.
         """
         p = self._problem
         if not p.noisy:
             raise ValueError("brownian is for SDEs; this solution is of an ODE")
         t = torch.as_tensor(t, dtype=p.times.dtype, device=p.times.device)
-        if t.dim() != 1 or not bool((t.diff() >= 0).all()) or bool((t[:1] < p.start.max()).any()):
-            raise ValueError("t must be [points] ascending times from t0 on")
-        times = torch.cat([p.start[None], t[:, None].expand(-1, len(p.start))])
-        return torch.stack([noise.w for noise in p.field.paths.between(times)]).cumsum(0)
+        points = t.reshape(-1) if t.dim() == 0 else t
+        if points.dim() != 1 or not bool((points.diff() >= 0).all()):
+            raise ValueError(f"t must be a time or [points] ascending times, got {tuple(t.shape)}")
+        if bool(((points < p.start.max()) | (points > p.end.min())).any()):
+            raise ValueError(f"t must lie on the horizon, from {float(p.start.max()):g} to {float(p.end.min()):g}")
+        times = torch.cat([p.start[None], points[:, None].expand(-1, len(p.start))])
+        paths = torch.stack([noise.w for noise in p.field.paths.between(times)]).cumsum(0)
+        return paths[0] if t.dim() == 0 else paths
 
     def _integral(self, name: str) -> Tensor:
         self.require(name)

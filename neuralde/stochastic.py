@@ -24,6 +24,7 @@ class NoisyField(Field):
 
     Attributes:
         source: `brownian`.
+        separate: whether diagonal noise must be so in the strict sense.
         paths: the Brownian paths of the samples, known after the first evaluation; it tells how many each has.
     """
 
@@ -31,7 +32,7 @@ class NoisyField(Field):
         self, equation: SDE, layout: Layout, args, joint: bool, start: Tensor, span: Tensor, brownian: BrownianTree
     ):
         super().__init__(equation, layout, args, joint)
-        self.diagonal = equation.noise_type == "diagonal"
+        self.diagonal, self.separate = equation.noise_type == "diagonal", False
         self._horizon, self.source = (start, span), brownian
         self.paths: Paths | None = None
 
@@ -94,6 +95,8 @@ class NoisyField(Field):
         diffusion = self._pack(diffusion)
         if self.equation.noise_type == "additive":
             self._check_additive(t, x.detach(), diffusion.detach())
+        if self.separate and self.diagonal:
+            self._check_separate(t, x.detach())
         self.bind(channels)
         drift = self.like(z, drift)
         return drift, torch.cat([drift, self.like(z, diffusion).flatten(1)], dim=1)
@@ -134,6 +137,29 @@ class NoisyField(Field):
             raise ValueError(
                 "noise_type='additive' is for a diffusion of t alone, but this one changes with z; "
                 "use noise_type='general', or 'scalar' or 'diagonal' where it is of that kind"
+            )
+
+    def _check_separate(self, t, z: Tensor):
+        """Raises ValueError where a component's diffusion answers to another component."""
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.clone().requires_grad_()
+            diffusion = self.diffusion(t, z)
+            if not diffusion.requires_grad:
+                return
+            # With numbers r_i that all differ, Σ_i J_ij (r_i - r_j) is 0 where the Jacobian J is diagonal.
+            numbers = torch.linspace(1.0, 2.0, z.shape[1], dtype=z.dtype, device=z.device)
+            sums = [
+                torch.autograd.grad(diffusion, z, r.expand_as(z), retain_graph=True, allow_unused=True)[0]
+                for r in (torch.ones_like(numbers), numbers)
+            ]
+        if sums[0] is None:
+            return
+        off = (sums[1] - sums[0] * numbers).abs()
+        if bool((off > 1e3 * torch.finfo(z.dtype).eps * sums[0].abs().amax()).any()):
+            raise ValueError(
+                "solver 'milstein' solves a Stratonovich SDE with noise_type='diagonal' only where every component of "
+                "the diffusion depends on that component of z alone, and this one mixes them: its limit would be "
+                "another equation's; use solver='heun', 'midpoint', 'euler_heun' or 'reversible_heun'"
             )
 
     def bind(self, channels: int) -> Paths:
@@ -303,6 +329,7 @@ def with_noise(problem):
     Raises:
         ValueError: dt0 is below that.
     """
+    problem.field.separate = problem.solver.separate
     stops = problem.stops
     if problem.interior is not None:
         outputs = problem.interior.flatten()[:, None] if problem.joint else problem.interior

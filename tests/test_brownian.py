@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import refused
+from helpers import close, refused
 from scipy import stats
 
 import neuralde as nde
@@ -204,3 +204,23 @@ def test_no_hash_makes_an_infinite_number(monkeypatch, dtype):
     found = hashing.normals(torch.tensor(ends), dtype)
     assert found.dtype == dtype and bool(found.isfinite().all())
     assert 5.5 < float(found.norm(dim=0).max()) <= (2 * 33 * math.log(2)) ** 0.5 + 1e-6
+
+
+def test_horizons_of_other_lengths_have_other_numbers():
+    def ends(start, end):
+        horizon = torch.tensor([start], dtype=torch.float64), torch.tensor([end - start], dtype=torch.float64)
+        paths = nde.BrownianTree(5).bind(*horizon, 4000, 1, torch.float64)
+        return paths.between(torch.tensor([[start], [end]], dtype=torch.float64))[0].w[:, 0]
+
+    first = ends(0.0, 1.0)
+    for start, end in ((1.0, 2.0), (1.0, 3.0), (0.0, 2.0), (1.0, 5.0)):
+        correlation = torch.corrcoef(torch.stack([first, ends(start, end)]))[0, 1]
+        assert correlation.abs() < 4 / 4000**0.5
+
+
+def test_the_paths_of_a_solution_end_with_its_horizon():
+    solution = nde.solve(nde.SDE(lambda t, z: -z, lambda t, z: z), torch.ones(2, 1), (0.0, 1.0), rtol=0.1, seed=1)
+    close(solution.brownian(1.0), solution.brownian([0.5, 1.0])[1], 1e-6)
+    for t in (1.5, [0.5, 2.0], -0.1):
+        with refused(ValueError, "t must lie on the horizon", "from 0 to 1"):
+            solution.brownian(t)

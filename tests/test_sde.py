@@ -586,3 +586,27 @@ def test_on_a_gpu():
     model = model.cuda()
     there = nde.solve(model.equation(), z_start().cuda(), (0.0, 1.0), args=args.cuda(), rtol=0.2, atol=0.2, seed=1)
     torch.testing.assert_close(there.final.cpu(), here.final, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sense", ["ito", "stratonovich"])
+@pytest.mark.parametrize("taped", [False, True])
+def test_milstein_follows_a_column_that_is_no_gradient(sense, taped):
+    """dz = A z dW with a nilpotent A: z is (z1 + z2 W, z2). A vector-Jacobian product would be another equation's."""
+    weight = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=taped)
+    z0 = torch.ones(20, 2, dtype=torch.float64)
+    equation = nde.SDE(lambda t, z: 0.0 * z, lambda t, z: (z @ weight.T)[..., None], "scalar", sense)
+    control = nde.StepControl(adaptive=False)
+    solution = nde.solve(equation, z0, (0.0, 1.0), solver="milstein", dt0=1 / 8, control=control, seed=3)
+    end = solution.brownian(torch.tensor([1.0]))[0]
+    close(solution.final, torch.cat([1.0 + end, torch.ones_like(end)], dim=1), 1e-12)
+
+
+def test_stratonovich_milstein_refuses_diagonal_noise_that_mixes():
+    def solve(diffusion, solver="milstein"):
+        equation = nde.SDE(lambda t, z: -z, diffusion, sde_type="stratonovich")
+        return nde.solve(equation, torch.ones(2, 3, dtype=torch.float64), (0.0, 0.1), solver=solver, dt0=0.05, seed=1)
+
+    with refused(ValueError, "milstein", "mixes", "heun"):
+        solve(lambda t, z: z.roll(1, dims=1))
+    solve(lambda t, z: z.roll(1, dims=1), "heun")
+    solve(lambda t, z: z.sin())

@@ -88,27 +88,46 @@ def milstein_stratonovich(f: DrivenField, times, h: Tensor, z: Tensor, noise: No
 
 
 def _milstein(f: DrivenField, times, h: Tensor, z: Tensor, noise: Noise, first: tuple, square: Tensor) -> Tensor:
-    square = square if f.diagonal else square[:, None]
+    """Euler's step and half the diffusion's derivative along the diffusion, times `square`.
+
+    A single Brownian motion: the derivative along its column, a Jacobian-vector product. (torchsde makes a
+    vector-Jacobian product of it, which is another equation's unless the Jacobian is symmetric.) One for every
+    component, each with a diffusion of its own: the Jacobian is diagonal, and the cheaper vector-Jacobian product is
+    the same.
+    """
+    own = f.diagonal
+    square = square if own else square[:, None]
     if transforms.active() or torch.compiler.is_compiling():
-        diffusion, back = torch.func.vjp(lambda x: f.diffusion(times[0], x), z)
-        (change,) = back(diffusion * square)
+        if own:
+            diffusion, back = torch.func.vjp(lambda x: f.diffusion(times[0], x), z)
+            (change,) = back(diffusion * square)
+        else:
+            diffusion = f.diffusion(times[0], z)
+            along = (diffusion * square).squeeze(2)
+            change = torch.func.jvp(lambda x: f.diffusion(times[0], x), (z,), (along,))[1].squeeze(2)
     else:
         diffusion, change = _with_derivative(f, times[0], z, square)
     return z + h * first[0] + f.times_noise(diffusion, noise.w) + 0.5 * change
 
 
 def _with_derivative(f: DrivenField, time, z: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """g, and Σ_j g_j g_j' square_j, which is on the tape if grad mode is on."""
-    taped = torch.is_grad_enabled()
+    """The diffusion, and its derivative along itself times `square`; on the tape if grad mode is on."""
+    taped, change = torch.is_grad_enabled(), None
     with torch.inference_mode(False), torch.enable_grad():
         # An end of its own: the diffusion may depend on z in other ways, through tensors that it closes over.
         x = z.view_as(z) if taped and z.requires_grad else z.detach().clone().requires_grad_()
         diffusion = f.diffusion(time, x)
-        found = None
         if diffusion.requires_grad:
-            weights = (diffusion if taped else diffusion.detach()) * square
-            (found,) = torch.autograd.grad(diffusion, x, weights, create_graph=taped, allow_unused=True)
-    return diffusion if taped else diffusion.detach(), torch.zeros_like(z) if found is None else found
+            along = (diffusion if taped else diffusion.detach()) * square
+            if f.diagonal:
+                (change,) = torch.autograd.grad(diffusion, x, along, create_graph=taped, allow_unused=True)
+            else:  # the derivative by u of uᵀJ, along v, is Jv
+                u = torch.zeros_like(diffusion).requires_grad_()
+                (back,) = torch.autograd.grad(diffusion, x, u, create_graph=True, allow_unused=True)
+                if back is not None and back.requires_grad:
+                    (change,) = torch.autograd.grad(back, u, along.squeeze(2), create_graph=taped, allow_unused=True)
+                change = None if change is None else change.squeeze(2)
+    return diffusion if taped else diffusion.detach(), torch.zeros_like(z) if change is None else change
 
 
 class Method:
@@ -117,6 +136,8 @@ class Method:
     Args:
         formula: its step. abscissae: where in a step it evaluates, in units of h; the first is 0.
         evaluations: of drift and diffusion in a step. uses_area: see `SDESolver`. copies: see `Solver`.
+        separate: whether diagonal noise must be so in the strict sense, each component's diffusion of that component
+            alone: terms that are left out otherwise don't have mean zero.
     """
 
     def __init__(
@@ -126,15 +147,21 @@ class Method:
         evaluations: int,
         uses_area: bool = False,
         copies: int = 1,
+        separate: bool = False,
     ):
         self.formula, self.abscissae, self.evaluations = formula, abscissae, evaluations
-        self.uses_area, self.copies = uses_area, copies
+        self.uses_area, self.copies, self.separate = uses_area, copies, separate
 
 
 class _Formulaic(SDESolver):
     """What a method with a `Formula` does."""
 
     method: Method
+
+    @property
+    def separate(self) -> bool:
+        """See `Method`."""
+        return self.method.separate
 
     def _first(self, f: DrivenField, time, z: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
         """Drift and diffusion at the start of a step."""
@@ -264,7 +291,7 @@ METHODS = (
         "milstein",
         {
             "ito": Method(milstein_ito, (0.0,), 3),
-            "stratonovich": Method(milstein_stratonovich, (0.0,), 3),
+            "stratonovich": Method(milstein_stratonovich, (0.0,), 3, separate=True),
             "additive": Method(euler_maruyama, (0.0,), 2),
         },
         _COMMUTATIVE,

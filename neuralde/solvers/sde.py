@@ -43,6 +43,7 @@ class SDESolver(Solver):
         orders: strong order by the noise types that the method takes.
         sde_types: the senses of the integral that it takes: "ito", "stratonovich" or both.
         uses_area: whether it uses the noise's space-time Lévy area.
+        separate: whether it takes diagonal noise only where each component's diffusion depends on that one alone.
     """
 
     kind = "sde"
@@ -52,6 +53,7 @@ class SDESolver(Solver):
     stability_size = None
     fsal = False
     uses_area = False
+    separate = False
     orders: Mapping[str, float]
     sde_types: tuple[str, ...]
 
