@@ -95,6 +95,24 @@ def test_a_compiled_model():
 
 
 @FUNCTION
+def test_batch_norm_and_dropout(function):
+    """Recording leaves statistics and random numbers as they were; a penalty's evaluations are calls like any other."""
+
+    def made(module):
+        f = Net()
+        f.net = nn.Sequential(*f.net, nn.BatchNorm1d(3), nn.Dropout(0.1)).double()
+        torch.manual_seed(1)
+        solved(module, function, f, method="rk4")
+        return f, [torch.get_rng_state(), f.net[3].running_mean.clone()]
+
+    (f, ours), (_, theirs) = made(adapter), made(torchdiffeq)
+    assert all(map(torch.equal, ours, theirs))
+    reg.LocalStiffness()(getattr(adapter, function).solution)
+    after = [torch.get_rng_state(), f.net[3].running_mean]
+    assert not any(map(torch.equal, ours, after))
+
+
+@FUNCTION
 def test_no_penalty_no_cost_without_gradients_and_in_eval_mode(function, monkeypatch):
     f, ours = Net(), getattr(adapter, function)
     accepted = []
