@@ -160,7 +160,12 @@ def _solutions(model: nn.Module, inputs: tuple) -> dict[str, Solution]:
     finally:
         for name, layer in layers.items():
             layer.solve_options = kept[name]
-    found = {n: x.solution for n, x in model.named_modules() if isinstance(getattr(x, "solution", None), Solution)}
+    found = {}
+    for name, module in model.named_modules():
+        solution = getattr(module, "solution", None)
+        # What torch.compile makes of a layer holds what the layer does.
+        if isinstance(solution, Solution) and not any(solution is one for one in found.values()):
+            found[name] = solution
     if not found:
         name = type(model).__name__
         if layers:

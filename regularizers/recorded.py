@@ -123,7 +123,7 @@ class Recorded:
 
     def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], end):
         self.source, self._places, self._lens = source, places, lens
-        self._end = pytree.tree_map(torch.detach, end)
+        self._end = pytree.tree_map(lambda x: x.detach().clone(), end)  # a view would keep all outputs
         like = pytree.tree_leaves(end)[0]
         self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
         self._states = {}  # what a place's state is as a constant: some are made when they are asked for

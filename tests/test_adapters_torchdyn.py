@@ -239,6 +239,8 @@ def test_compiled_models(engine):
     alone = torch.compile(plain[0], backend="eager")
     alone(start())
     assert len(reg.base.solutions(alone)) == 1
+    if engine is not None:
+        assert len(nde.diagnose(alone, start(), show=False).layers) == 1
 
 
 def test_what_watches_a_solver_can_be_copied():
