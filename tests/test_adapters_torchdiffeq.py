@@ -332,6 +332,18 @@ def test_samples_that_are_not_finite_have_no_part(function, tupled, fails):
         solve.solution.probe("unbiased")
 
 
+def test_ones_own():
+    class Doubled(reg.Regularizer):
+        def figure(self, solution):
+            return 2 * reg.LocalStiffness().look(solution).stiffness
+
+    solved(adapter, "odeint", Net())
+    with refused(TypeError, "Doubled needs a solve of neuralde's", "torchdiffeq.odeint", "local = True"):
+        Doubled()(adapter.odeint.solution)
+    Doubled.local = True
+    close(Doubled()(adapter.odeint.solution), 2 * reg.LocalStiffness()(adapter.odeint.solution), 1e-14)
+
+
 def test_sums_of_penalties():
     f = Net()
     solved(adapter, "odeint", f)
