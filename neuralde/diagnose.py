@@ -19,6 +19,13 @@ from .problem import Problem
 from .solution import Solution
 from .solve import solve
 
+# What to do where another library, or none, makes the solves.
+_WRAP = (
+    "diagnose looks at solves that neuralde makes. Wrap the vector field, model = neuralde.NeuralODE(f, t, solver=..., "
+    'control="joint"), and call diagnose(model, z0); the layers of a torchdyn model it sees after '
+    'regularizers.attach(model, engine="neuralde")'
+)
+
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
@@ -113,7 +120,8 @@ def diagnose(model: nn.Module | Solution, *inputs, show: bool = True) -> Diagnos
     its method has no stiffness estimate, once more with what does.
 
     Args:
-        model: a model with neuralde layers inside, or a Solution.
+        model: a model with neuralde layers inside, or a Solution. Of what other libraries solve, a layer made of its
+            vector field: `NeuralODE(f, t, solver=..., control="joint")`.
         *inputs: what the model is called with; a failing solve does not raise here.
         show: print the diagnosis.
 
@@ -121,7 +129,8 @@ def diagnose(model: nn.Module | Solution, *inputs, show: bool = True) -> Diagnos
         A `Diagnosis`.
 
     Raises:
-        TypeError: model is neither. ValueError: no layer in it solved anything; or inputs were given with a Solution.
+        TypeError: model is neither. ValueError: it has no layer that solves by neuralde, or none was called; or inputs
+            were given with a Solution.
     """
     if isinstance(model, Solution):
         if inputs:
@@ -130,7 +139,7 @@ def diagnose(model: nn.Module | Solution, *inputs, show: bool = True) -> Diagnos
     elif isinstance(model, nn.Module):
         found = _solutions(model, inputs)
     else:
-        raise TypeError(f"model must be a Module or a Solution, got {type(model).__name__}")
+        raise TypeError(f"model must be a Module or a Solution, got {type(model).__name__}: {_WRAP}")
     with torch.no_grad():
         diagnosis = Diagnosis([_look(name, solution) for name, solution in found.items()])
     if show:
@@ -151,9 +160,17 @@ def _solutions(model: nn.Module, inputs: tuple) -> dict[str, Solution]:
     finally:
         for name, layer in layers.items():
             layer.solve_options = kept[name]
-    found = {n: x.solution for n, x in model.named_modules() if isinstance(getattr(x, "solution", None), Solution)}
+    found = {}
+    for name, module in model.named_modules():
+        solution = getattr(module, "solution", None)
+        # What torch.compile makes of a layer holds what the layer does.
+        if isinstance(solution, Solution) and not any(solution is one for one in found.values()):
+            found[name] = solution
     if not found:
-        raise ValueError(f"no layer of {type(model).__name__} solved anything when the model was called")
+        name = type(model).__name__
+        if layers:
+            raise ValueError(f"no layer of {name} solved anything when the model was called")
+        raise ValueError(f"no neuralde layer that solves was found in {name}: {_WRAP}")
     return found
 
 

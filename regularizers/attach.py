@@ -20,7 +20,8 @@ def attach(model: nn.Module, engine: str | None = None, **solve_options) -> nn.M
         model: a Module, or such a layer itself.
         engine: None leaves the solves to torchdyn. "neuralde" has `neuralde.solve` make them, in place, with the
             layer's solver, tolerances and output times: then the global penalties work too, and so does all else that
-            takes a `Solution`. Results agree to the tolerances, not to the bit. None, later, gives them back.
+            takes a `Solution`. Results agree to the tolerances, not to the bit; a weight of `LocalError` does not carry
+            over (see there). None, later, gives them back.
         **solve_options: with engine="neuralde": of `neuralde.solve`, instead of what the layer's arguments say: adjoint
             ("direct" for sensitivity="autograd", else "checkpointed"), control ("joint"), rtol, solver, ...
 

@@ -119,12 +119,12 @@ class Regularizer(nn.Module, abc.ABC):
     def _mean(self, solution: Solution | Recorded) -> Tensor:
         if isinstance(solution, Recorded) and not self.local:
             raise TypeError(
-                f"{type(self).__name__} looks at more than one step, and {solution.source} shows no others: LocalError "
-                'and LocalStiffness can do with it. attach(model, engine="neuralde") has neuralde make the solves of '
-                "torchdyn's layers; elsewhere solve with neuralde.solve or neuralde.NeuralODE, where this penalty works"
+                f"{type(self).__name__} needs a solve of neuralde's, all of it: {solution.source} shows one step, "
+                "from a sampled time, which LocalError and LocalStiffness can do with, and penalties of one's own that "
+                f"say local = True (docs/regularizers.md, One's own). {solution.engine}"
             )
         if isinstance(solution, Skipped):
-            return solution.zero
+            return solution.nothing()
         if isinstance(solution, Recorded):
             try:
                 return self.figure(solution).mean()
@@ -211,9 +211,10 @@ def solutions(source: Solution | Recorded | nn.Module | list) -> list[Solution |
             raise ValueError("no solve was recorded: call the model inside of `with record() as solutions:`")
         return source
     if not isinstance(source, nn.Module):
+        none = "no solve was recorded: is regularizers' odeint (or sdeint) being called, and did it return? "
         raise TypeError(
-            f"a penalty takes a Solution, a neuralde layer, a model with such layers or a list of solutions, got "
-            f"{type(source).__name__}"
+            f"{none if source is None else ''}a penalty takes a Solution, a neuralde layer, a model with such layers "
+            f"or a list of solutions, got {type(source).__name__}"
         )
     held = list(_held(source))
     if not held:

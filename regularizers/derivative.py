@@ -77,7 +77,9 @@ class TaylorDerivative(_Along):
     def __init__(self, order: int = 3, weight: float | Schedule = 1.0, reduce: str = "sum", mode: str = "taylor"):
         super().__init__(weight, reduce)
         if not isinstance(order, int) or isinstance(order, bool) or order < 1:
-            raise ValueError(f"order must be a whole number, at least 1, got {order!r}")
+            raise ValueError(
+                f"order must be a whole number, at least 1, got {order!r}; a weight is given by its name, weight=..."
+            )
         if mode not in _MODES:
             raise ValueError(f"mode must be 'taylor' or 'jvp', got {mode!r}")
         self.order, self.mode = order, mode

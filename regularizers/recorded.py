@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -70,9 +71,13 @@ def draws() -> random.Random:
     return random.Random(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
 
 
-def wanted(f) -> bool:
-    """Whether anybody could want a penalty of a solve: not under `torch.no_grad`, nor of a Module in eval mode."""
-    return torch.is_grad_enabled() and (f.training if isinstance(f, nn.Module) else True)
+def unwanted(f) -> str | None:
+    """Why nobody could want a penalty of a solve with f, or None: it is made without gradients or in eval mode."""
+    if not torch.is_grad_enabled():
+        return "without gradients (torch.no_grad)"
+    if isinstance(f, nn.Module) and not f.training:
+        return f"with {type(f).__name__} in eval mode (its .training is False)"
+    return None
 
 
 def able(solver, figure: str | None) -> bool:
@@ -118,13 +123,20 @@ class Recorded:
 
     def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], end):
         self.source, self._places, self._lens = source, places, lens
-        self._end = pytree.tree_map(torch.detach, end)
+        self._end = pytree.tree_map(lambda x: x.detach().clone(), end)  # a view would keep all outputs
         like = pytree.tree_leaves(end)[0]
         self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
         self._states = {}  # what a place's state is as a constant: some are made when they are asked for
         self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
         self._kind = like.device.type
         self._autocast = torch.get_autocast_dtype(self._kind) if torch.is_autocast_enabled(self._kind) else None
+
+    @property
+    def engine(self) -> str:
+        """How to have neuralde make such a solve, for messages."""
+        if self.source.startswith("torchdyn"):
+            return 'attach(model, engine="neuralde") has neuralde make the solves of this layer'
+        return "Solve with neuralde.solve or neuralde.NeuralODE, where this penalty works (docs/interop.md)"
 
     def place(self, sampling: str) -> Place:
         """The point that was sampled.
@@ -186,10 +198,29 @@ class Recorded:
 
 
 class Skipped(Recorded):
-    """A solve that nobody can want a penalty of: without gradients, or in eval mode. Every penalty of it is 0."""
+    """A solve that nobody can want a penalty of: without gradients, or in eval mode. Every penalty of it is 0.
 
-    def __init__(self, source: str, like: Tensor):
+    Args:
+        source, like: of `Recorded`, like for end. why: of `unwanted`.
+    """
+
+    def __init__(self, source: str, like: Tensor, why: str):
         super().__init__(source, {}, None, like)
+        self.why = why
+
+    def nothing(self) -> Tensor:
+        """0, with one warning per source where a gradient of it may be expected."""
+        if torch.is_grad_enabled() and self.source not in _WARNED:
+            _WARNED.add(self.source)
+            warnings.warn(
+                f"the penalty of {self.source} is 0 without a gradient: that solve was made {self.why}; call "
+                ".train() and solve outside of torch.no_grad() where a penalty is meant (this is said once)",
+                stacklevel=2,
+            )
+        return self.zero
+
+
+_WARNED: set[str] = set()
 
 
 class Passing:

@@ -195,6 +195,9 @@ class LocalError(_Local):
     The step is the one a new solve from the sampled time would begin with (its automatic first step), made with the
     solution's solver, tolerances and control. It is never rejected. Works with any adjoint; its memory is one step's.
 
+    Of a solve of another library's (`regularizers.attach`, `regularizers.torchdiffeq`, ...) the step has the size that
+    the library took there. Its error is larger by orders of magnitude, and a weight belongs to one of the two.
+
     Args:
         sampling: "unbiased", times uniform on the horizon; "biased", uniform over the times the solver stepped to, of
             which there are more where the equation is hard.

@@ -30,7 +30,7 @@ from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
 from .rows import Rows
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
@@ -39,22 +39,38 @@ _ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
-class _Recording:
+class _Keeping:
     """A function of torchdiffeq's that keeps its last solve for penalties.
 
     Attributes:
-        solution: what a penalty takes of the last solve of this thread, or None. It holds that call's graph until the
-            next one. With several solves in one forward pass, `regularizers.record` has all of them.
+        solution: what a penalty takes of the last solve of this thread, or None: before the first, and after one that
+            raised. It holds that call's graph until the next one. With several solves in one forward pass,
+            `regularizers.record` has all of them.
     """
 
-    def __init__(self, function: Callable, adjoint: bool):
+    def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
         self.__module__ = __name__
-        self._adjoint, self._last = adjoint, threading.local()
+        self._last = threading.local()
 
     @property
     def solution(self) -> Recorded | None:
         return getattr(self._last, "solution", None)
+
+    def __reduce__(self):
+        return self.__name__
+
+
+class _Recording(_Keeping):
+    """odeint or odeint_adjoint.
+
+    Args:
+        function: of torchdiffeq. adjoint: whether it is odeint_adjoint.
+    """
+
+    def __init__(self, function: Callable, adjoint: bool):
+        super().__init__(function)
+        self._adjoint = adjoint
 
     def __call__(self, func, y0, t, **kwargs):
         """As torchdiffeq's function of this name."""
@@ -62,9 +78,10 @@ class _Recording:
         likes = y0 if isinstance(y0, tuple) else (y0,)
         usable = bool(likes) and all(isinstance(x, Tensor) for x in likes)
         usable = usable and isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point()
-        if not usable or len(t) < 2 or not wanted(func):
+        why = unwanted(func) if usable and len(t) > 1 else "at a single time"
+        if not usable or why is not None:
             result = self.__wrapped__(func, y0, t, **kwargs)
-            self._last.solution = keep(Skipped(f"torchdiffeq.{self.__name__}", likes[0])) if usable else None
+            self._last.solution = keep(Skipped(f"torchdiffeq.{self.__name__}", likes[0], why)) if usable else None
             return result
         return untraced(_Recording._watched)(self, func, y0, t, kwargs)
 
@@ -73,20 +90,23 @@ class _Recording:
         self._last.solution = keep(solution)
         return result
 
-    def __reduce__(self):
-        return self.__name__
+
+class _Event(_Keeping):
+    """odeint_event, whose solve is made by its odeint_interface, by default this module's odeint."""
+
+    def __call__(self, func, y0, t0, *, event_fn, reverse_time=False, odeint_interface=None, **kwargs):
+        """As torchdiffeq's."""
+        self._last.solution = None
+        interface = odeint if odeint_interface is None else odeint_interface
+        how = {"event_fn": event_fn, "reverse_time": reverse_time, "odeint_interface": interface, **kwargs}
+        result = self.__wrapped__(func, y0, t0, **how)
+        self._last.solution = getattr(interface, "solution", None)
+        return result
 
 
 odeint = _Recording(torchdiffeq.odeint, adjoint=False)
 odeint_adjoint = _Recording(torchdiffeq.odeint_adjoint, adjoint=True)
-
-
-@functools.wraps(torchdiffeq.odeint_event)
-def odeint_event(func, y0, t0, *, event_fn, reverse_time=False, odeint_interface=odeint, **kwargs):
-    """As torchdiffeq's; the solve is in the `.solution` of its odeint_interface, by default this module's `odeint`."""
-    return torchdiffeq.odeint_event(
-        func, y0, t0, event_fn=event_fn, reverse_time=reverse_time, odeint_interface=odeint_interface, **kwargs
-    )
+odeint_event = _Event(torchdiffeq.odeint_event)
 
 
 class _Solve:

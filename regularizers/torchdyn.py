@@ -23,7 +23,7 @@ from neuralde.introspection import Probe
 from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
 from .rows import Rows
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
@@ -109,9 +109,10 @@ class _Watched(_Call):
         layer.solution = None  # lets go of the last call's graph before this one's is built
         like = pytree.tree_leaves(x)[0]
         t_span = self.times(t_span, args[0] if args else kwargs.get("save_at", ()))
-        if not wanted(layer):
+        why = unwanted(layer)
+        if why is not None:
             result = self.original(x, t_span, *args, **kwargs)
-            layer.solution = keep(Skipped("torchdyn's NeuralODE", like))
+            layer.solution = keep(Skipped("torchdyn's NeuralODE", like, why))
             return result
         eye = _Eye(layer.solver, draws())
         own = layer.__dict__.get("solver")

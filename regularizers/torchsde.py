@@ -28,7 +28,7 @@ from neuralde.control import rms
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, wanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
 from .rows import Rows
 
 __all__ = ["sdeint", "sdeint_adjoint"]
@@ -41,8 +41,9 @@ class _Recording:
     """A function of torchsde's that keeps its last solve for penalties.
 
     Attributes:
-        solution: what a penalty takes of the last solve of this thread, or None. It holds that call's graph until the
-            next one. With several solves in one forward pass, `regularizers.record` has all of them.
+        solution: what a penalty takes of the last solve of this thread, or None: before the first, and after one that
+            raised. It holds that call's graph until the next one. With several solves in one forward pass,
+            `regularizers.record` has all of them.
     """
 
     def __init__(self, function: Callable, taped: bool):
@@ -63,9 +64,10 @@ class _Recording:
         how = how.arguments
         usable = isinstance(y0, Tensor) and y0.dim() == 2 and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
         source = f"torchsde.{self.__name__} (method {how['method'] or 'of its choice'!r})"
-        if not usable or not wanted(sde):
+        why = unwanted(sde)
+        if not usable or why is not None:
             result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
-            self._last.solution = keep(Skipped(source, y0)) if usable else None
+            self._last.solution = keep(Skipped(source, y0, why)) if usable else None
             return result
         return untraced(_Recording._watched)(self, source, how)
 

@@ -14,6 +14,7 @@ from helpers import refused
 from torch import nn
 
 import regularizers as reg
+from regularizers import recorded
 from regularizers import torchdiffeq as adapter
 
 FUNCTION = pytest.mark.parametrize("function", FUNCTIONS)
@@ -94,14 +95,40 @@ def test_a_compiled_model():
 
 
 @FUNCTION
-def test_no_penalty_no_cost_without_gradients_and_in_eval_mode(function):
+def test_batch_norm_and_dropout(function):
+    """Recording leaves statistics and random numbers as they were; a penalty's evaluations are calls like any other."""
+
+    def made(module):
+        f = Net()
+        f.net = nn.Sequential(*f.net, nn.BatchNorm1d(3), nn.Dropout(0.1)).double()
+        torch.manual_seed(1)
+        solved(module, function, f, method="rk4")
+        return f, [torch.get_rng_state(), f.net[3].running_mean.clone()]
+
+    (f, ours), (_, theirs) = made(adapter), made(torchdiffeq)
+    assert all(map(torch.equal, ours, theirs))
+    reg.LocalStiffness()(getattr(adapter, function).solution)
+    after = [torch.get_rng_state(), f.net[3].running_mean]
+    assert not any(map(torch.equal, ours, after))
+
+
+@FUNCTION
+def test_no_penalty_no_cost_without_gradients_and_in_eval_mode(function, monkeypatch):
     f, ours = Net(), getattr(adapter, function)
     accepted = []
     f.callback_accept_step = lambda t, y, dt: accepted.append(t)
+    monkeypatch.setattr(recorded, "_WARNED", set())
     with reg.record() as solutions:
         with torch.no_grad():
             _, without = solved(adapter, function, f)
-        assert float(reg.LocalError()(ours.solution)) == 0.0
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                reg.LocalError()(ours.solution)  # nobody asks for a gradient here
+        with pytest.warns(UserWarning, match=rf"{function} is 0 .* made without gradients"):
+            assert float(reg.LocalError()(ours.solution)) == 0.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reg.LocalError()(ours.solution)  # said once
         f.eval()
         solved(adapter, function, f)
     calls = f.calls
@@ -187,7 +214,8 @@ def test_events(method, options, function, reverse):
         t, y = module.odeint_event(f, y0, t0, odeint_interface=getattr(module, function), **how)
         results.append((t, *y, *torch.autograd.grad(t + y[1][-1].sum(), [f.g])))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    solution, end = getattr(adapter, function).solution, float(results[0][0])
+    solution, end = adapter.odeint_event.solution, float(results[0][0])
+    assert solution is getattr(adapter, function).solution
     for sampling in ("unbiased", "biased"):
         place = solution.place(sampling)
         assert 0 <= sign * float(place.t) <= abs(end) and sign * float(place.dt) > 0

@@ -165,6 +165,8 @@ def test_torchdiffeq_speaks_where_something_is_wrong(function):
             ours(*args, **how)
         assert str(found.value) == str(expected.value)
         assert ours.solution is None
+        with refused(TypeError, "no solve was recorded: is regularizers' odeint"):
+            reg.LocalError()(ours.solution)
 
 
 def test_their_callbacks_are_called():
@@ -280,8 +282,9 @@ def test_what_a_black_box_cannot_give():
     f = Net()
     solved(adapter, "odeint", f)
     for penalty in (reg.GlobalError(), reg.GlobalStiffness()):
-        with refused(TypeError, type(penalty).__name__, "LocalError", "LocalStiffness", 'engine="neuralde"'):
+        with refused(TypeError, type(penalty).__name__, "LocalError", "LocalStiffness", "neuralde.solve") as caught:
             penalty(adapter.odeint.solution)
+        assert "attach" not in str(caught.value), "which is for torchdyn"
     with refused(ValueError, "record(generator=...)"):
         reg.LocalError(generator=torch.Generator())(adapter.odeint.solution)
     solved(adapter, "odeint", f, method="scipy_solver")
@@ -327,6 +330,18 @@ def test_samples_that_are_not_finite_have_no_part(function, tupled, fails):
     assert all(float(value) == 0.0 for value, _ in made(torch.full_like(y0, bad)))
     with refused(nde.NonFiniteState, function, "no sample"):
         solve.solution.probe("unbiased")
+
+
+def test_ones_own():
+    class Doubled(reg.Regularizer):
+        def figure(self, solution):
+            return 2 * reg.LocalStiffness().look(solution).stiffness
+
+    solved(adapter, "odeint", Net())
+    with refused(TypeError, "Doubled needs a solve of neuralde's", "torchdiffeq.odeint", "local = True"):
+        Doubled()(adapter.odeint.solution)
+    Doubled.local = True
+    close(Doubled()(adapter.odeint.solution), 2 * reg.LocalStiffness()(adapter.odeint.solution), 1e-14)
 
 
 def test_sums_of_penalties():

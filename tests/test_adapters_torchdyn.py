@@ -19,6 +19,7 @@ from torch import nn
 
 import neuralde as nde
 import regularizers as reg
+from regularizers import recorded
 from regularizers.torchdyn import _Eye
 
 # torchdyn takes seconds to import: only where these tests run.
@@ -177,7 +178,7 @@ def test_steer(solver, sensitivity, engine):
     assert torch.equal(t, SPANS["forwards"]) and torch.equal(zs, plain(start(), SPANS["forwards"])[1])
 
 
-def test_models():
+def test_models(monkeypatch):
     inner = layer(return_t_eval=False)
     model = nn.Sequential(nn.Linear(2, 2).double(), inner, nn.Flatten(0), nn.Unflatten(0, (2, 6, 2)))
     with refused(ValueError, "attach"):
@@ -195,9 +196,11 @@ def test_models():
     torch.manual_seed(0)
     assert torch.equal(both, penalty(model) + penalty(mixed[1]))
     # In eval mode and without gradients: no penalty.
+    monkeypatch.setattr(recorded, "_WARNED", set())
     model.eval()
     model(start())
-    assert float(penalty(model)) == 0.0
+    with pytest.warns(UserWarning, match=r"is 0 .* NeuralODE in eval mode .* call \.train"):
+        assert float(penalty(model)) == 0.0
     model.train()
     with torch.no_grad():
         model(start())
@@ -236,6 +239,8 @@ def test_compiled_models(engine):
     alone = torch.compile(plain[0], backend="eager")
     alone(start())
     assert len(reg.base.solutions(alone)) == 1
+    if engine is not None:
+        assert len(nde.diagnose(alone, start(), show=False).layers) == 1
 
 
 def test_what_watches_a_solver_can_be_copied():
@@ -276,12 +281,18 @@ def test_what_a_black_box_cannot_give_and_the_engine_that_can():
     for solver, tolerance in (("dopri5", 1e-4), ("tsit5", 1e-4), ("euler", 1e-12)):
         model = reg.attach(nn.Sequential(layer(solver, return_t_eval=False)))
         theirs = model[0](x, span)
-        with refused(TypeError, "GlobalError", "NeuralODE", 'attach(model, engine="neuralde")'):
+        with refused(TypeError, "Recorded", "NeuralODE(f"):
+            nde.diagnose(model[0].solution)
+        with refused(TypeError, "GlobalError", "neuralde's", 'attach(model, engine="neuralde")'):
             reg.GlobalError()(model)
+        with refused(ValueError, "no neuralde layer", 'engine="neuralde"'):
+            nde.diagnose(model, x)
         reg.attach(model, engine="neuralde")
         ours = model[0](x, span)
         close(ours, theirs, tolerance)
         assert isinstance(model[0].solution, nde.Solution)
+        assert [one.name for one in nde.diagnose(model, x, show=False).layers] == ["0"]
+        model[0](x, span)
         if solver != "euler":
             found = gradients(reg.GlobalError()(model) + reg.GlobalStiffness()(model), model)
             assert any(bool(g.any()) for g in found if g is not None)

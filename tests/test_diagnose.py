@@ -207,10 +207,14 @@ def test_slow_f_and_cheap_f():
 
 
 def test_bad_input():
-    with refused(TypeError, "Module or a Solution", "function"):
+    with refused(TypeError, "Module or a Solution", "function", "NeuralODE(f"):
         nde.diagnose(lambda x: x, torch.ones(2, 1))
-    with refused(ValueError, "Linear", "solved"):
+    with refused(ValueError, "no neuralde layer", "Linear", "NeuralODE(f", 'control="joint"', 'engine="neuralde"'):
         nde.diagnose(nn.Linear(1, 1), torch.ones(2, 1))
+    idle = nn.Sequential(nn.Linear(1, 1))
+    idle[0].inner = nde.NeuralODE(nn.Linear(1, 1))
+    with refused(ValueError, "no layer of Sequential solved"):
+        nde.diagnose(idle, torch.ones(2, 1))
     with refused(ValueError, "no inputs"):
         nde.diagnose(nde.solve(nde.ODE(lambda t, z: -z), torch.ones(2, 1), (0.0, 1.0)), torch.ones(2, 1))
 
