@@ -159,6 +159,22 @@ def failure(
     return _TYPES[kinds[0]](message, failed, *columns)
 
 
+NOISY = _MESSAGES | {
+    Status.STEP_SIZE_UNDERFLOW: (
+        "the error test still failed at a step size of dt_min, or of what the noise is resolved to. This usually means "
+        "tolerances that an SDE can't meet (a path is rough: rtol = atol = 1e-1 to 1e-3 are usual), a solution that "
+        "goes to infinity, or a drift that is stiff, for which there is no implicit method. Try larger rtol/atol, a "
+        "regularized drift (regularizers.GlobalStiffness, regularizers.LocalStiffness), or fixed steps "
+        "(control=nde.StepControl(adaptive=False) with dt0)"
+    ),
+    Status.MAX_STEPS: (
+        "the step budget ran out before the end of the horizon. Paths are rough, and steps fall fast with the "
+        "tolerance: loosen rtol/atol, or take a solver whose estimate is the error itself ('srk' or 'milstein'), or "
+        "fixed steps (control=nde.StepControl(adaptive=False) with dt0), or raise max_steps"
+    ),
+}
+"""What `failure` says of SDEs, for which no method is implicit."""
+
 _BUDGET = (
     "the step budget ran out before the end of the horizon. Or make f less stiff (regularizers.GlobalStiffness), or "
     "raise max_steps"

@@ -18,7 +18,7 @@ from . import control as _control
 from .adjoints import Adjoint
 from .control import StepControl
 from .equations import ODE, SDE, SteadyState
-from .errors import NeuralDEError, SolveWarning, failure
+from .errors import NOISY, NeuralDEError, SolveWarning, failure
 from .events import Event, Watch
 from .events import parse as parse_events
 from .field import Field, full_precision
@@ -416,8 +416,8 @@ def _report(problem: Problem, trajectory, on_failure: str):
         return
     batch, figures = problem.field.layout.batch, (trajectory.reached, *trajectory.last_attempt())
     figures = (x if x is None else x.expand(batch) for x in (trajectory.status, *figures))
-    stability_size = None if problem.noisy else problem.solver.stability_size  # the advice there is for ODEs
-    error = failure(*figures, problem.joint, problem.solver.name, stability_size)
+    stability_size, messages = (None, NOISY) if problem.noisy else (problem.solver.stability_size, None)
+    error = failure(*figures, problem.joint, problem.solver.name, stability_size, messages)
     if on_failure == "raise":
         raise error
     warnings.warn(str(error), SolveWarning, stacklevel=4)

@@ -610,3 +610,10 @@ def test_stratonovich_milstein_refuses_diagonal_noise_that_mixes():
         solve(lambda t, z: z.roll(1, dims=1))
     solve(lambda t, z: z.roll(1, dims=1), "heun")
     solve(lambda t, z: z.sin())
+
+
+def test_a_failed_solve_advises_what_there_is_for_sdes():
+    equation = nde.SDE(lambda t, z: -z, lambda t, z: z)
+    with refused(nde.MaxStepsReached, "loosen rtol/atol", "srk") as caught:
+        nde.solve(equation, torch.ones(2, 1), (0.0, 1.0), rtol=1e-3, atol=1e-3, max_steps=10, seed=1)
+    assert "rodas5p" not in str(caught.value) and "auto" not in str(caught.value)
