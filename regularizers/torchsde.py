@@ -62,9 +62,12 @@ class _Recording:
         how = self._signature.bind(sde, y0, ts, *args, **kwargs)
         how.apply_defaults()
         how = how.arguments
-        usable = isinstance(y0, Tensor) and y0.dim() == 2 and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
+        usable = isinstance(y0, Tensor) and y0.dim() == 2 and _increasing(ts)
+        usable = usable and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
         source = f"torchsde.{self.__name__} (method {how['method'] or 'of its choice'!r})"
         why = unwanted(sde)
+        # Its adjoint has the parameters of a Module, which is made of the SDE here; of another one it says what is missing.
+        usable = usable and (self._taped or how["adjoint_params"] is not None or isinstance(sde, nn.Module))
         if not usable or why is not None:
             result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
             self._last.solution = keep(Skipped(source, y0, why)) if usable else None
@@ -297,6 +300,15 @@ class _Shown(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("sde") if "sde" in self._modules else self.__dict__["sde"], name)
+
+
+def _increasing(ts) -> bool:
+    """Whether these are times that torchsde takes."""
+    if not isinstance(ts, Tensor):
+        if not isinstance(ts, tuple | list) or not all(isinstance(t, float | int) for t in ts):
+            return False
+        ts = torch.tensor(ts, dtype=torch.float64)
+    return ts.dim() == 1 and len(ts) > 1 and bool((ts[1:] > ts[:-1]).all())
 
 
 def _default_method(sde) -> str:
