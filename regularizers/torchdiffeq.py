@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import threading
 from collections.abc import Callable
 
 import torch
@@ -30,6 +29,7 @@ from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
+from .recomputed import Last, hooked
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
 from .rows import Rows
 
@@ -51,11 +51,11 @@ class _Keeping:
     def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
         self.__module__ = __name__
-        self._last = threading.local()
+        self._last = Last()
 
     @property
     def solution(self) -> Recorded | None:
-        return getattr(self._last, "solution", None)
+        return self._last.solution
 
     def __reduce__(self):
         return self.__name__
@@ -132,7 +132,7 @@ class _Solve:
 
     def run(self) -> tuple[object, Recorded]:
         """(what torchdiffeq returns, what a penalty takes)."""
-        drawn = draws()
+        drawn = draws(self.func, self.y0)
         if self.kwargs.get("event_fn") is not None:
             result, places = self._until_event(drawn)
         elif self.stepwise or self.method == "scipy_solver":
@@ -161,8 +161,8 @@ class _Solve:
         passing = Passing(drawn, self.direction, float(at))
         func = self._watched(passing.add) if self.stepwise else self.func
         # Cubic interpolation would evaluate func once more; SciPy's is one product with the other times, which changes
-        # their last bits.
-        if self.adjoint or not self.stepwise or self.options.get("interp") == "cubic":
+        # their last bits. A checkpoint's second pass must leave on the tape what the first did, wherever the time is.
+        if hooked() or self.adjoint or not self.stepwise or self.options.get("interp") == "cubic":
             result = self._call(func, self.t, {})
             if not self.stepwise:
                 first = int((self.direction * (t - at) <= 0).sum()) - 1

@@ -114,7 +114,7 @@ class _Watched(_Call):
             result = self.original(x, t_span, *args, **kwargs)
             layer.solution = keep(Skipped("torchdyn's NeuralODE", like, why))
             return result
-        eye = _Eye(layer.solver, draws())
+        eye = _Eye(layer.solver, draws(layer, x))
         own = layer.__dict__.get("solver")
         # Found before the registered Module of that name; another layer that shares the solver does not see it.
         layer.__dict__["solver"] = eye

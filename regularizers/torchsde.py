@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 
 import torch
@@ -28,6 +27,7 @@ from neuralde.control import rms
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
+from .recomputed import Last
 from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
 from .rows import Rows
 
@@ -49,12 +49,12 @@ class _Recording:
     def __init__(self, function: Callable, taped: bool):
         functools.update_wrapper(self, function)
         self.__module__ = __name__
-        self._taped, self._last = taped, threading.local()
+        self._taped, self._last = taped, Last()
         self._signature = inspect.signature(function)
 
     @property
     def solution(self) -> Recorded | None:
-        return getattr(self._last, "solution", None)
+        return self._last.solution
 
     def __call__(self, sde, y0, ts, *args, **kwargs):
         """As torchsde's function of this name."""
@@ -66,7 +66,7 @@ class _Recording:
         usable = usable and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
         source = f"torchsde.{self.__name__} (method {how['method'] or 'of its choice'!r})"
         why = unwanted(sde)
-        # Its adjoint has the parameters of a Module, which is made of the SDE here; of another one it says what is missing.
+        # The adjoint says what is missing where there are no parameters, of what is shown to it, which is a Module.
         usable = usable and (self._taped or how["adjoint_params"] is not None or isinstance(sde, nn.Module))
         if not usable or why is not None:
             result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
@@ -102,8 +102,9 @@ class _Watch:
     """
 
     def __init__(self, source: str, how: dict, taped: bool):
-        self.source, self.how, self.taped, self.drawn = source, how, taped, draws()
+        self.source, self.how, self.taped = source, how, taped
         y0, ts = how["y0"], how["ts"]
+        self.drawn = draws(how["sde"], y0)
         ts = ts.detach() if isinstance(ts, Tensor) else torch.tensor(ts, dtype=y0.dtype, device=y0.device)
         self.at = torch.lerp(ts[0], ts[-1], self.drawn.random())
         self.passing = Passing(self.drawn, 1, float(self.at))
