@@ -103,13 +103,29 @@ class Place:
     """A sampled point of a solve.
 
     Attributes:
-        t: the time. dt: the (signed) step that the library took there, None where nobody knows.
+        t: the time. dt: the (signed) step that the library took there, or what was left to the end of the horizon,
+            whichever is shorter; None where nobody knows.
         state: state(through) is the solution at t: on its tape where `through` asks for it, else a constant.
     """
 
     t: Tensor
     dt: Tensor | None
     state: Callable
+
+
+def sampled(drawn: random.Random, start: Tensor, end: Tensor) -> Tensor:
+    """A time, uniformly drawn between these, before the end."""
+    t = torch.lerp(start, end, drawn.random())
+    return torch.where(t == end, torch.nextafter(end, start), t)
+
+
+def within(t: Tensor, dt: Tensor, end: Tensor) -> Tensor:
+    """A (signed) step from t, at most to the end of the horizon: f may not be known beyond it."""
+    t, end = t.to(dt.device, torch.float64), end.to(dt.device, torch.float64)
+    left = (end - t).to(dt)
+    dt = torch.where(dt.abs() < left.abs(), dt, left)
+    beyond = (t + dt - end) * left > 0  # by rounding
+    return torch.where(beyond, torch.nextafter(dt, torch.zeros_like(dt)), dt)
 
 
 class AllFailed(NonFiniteState):

@@ -28,7 +28,7 @@ from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
 from .recomputed import Last
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
 from .rows import Rows
 
 __all__ = ["sdeint", "sdeint_adjoint"]
@@ -106,7 +106,7 @@ class _Watch:
         y0, ts = how["y0"], how["ts"]
         self.drawn = draws(how["sde"], y0)
         ts = ts.detach() if isinstance(ts, Tensor) else torch.tensor(ts, dtype=y0.dtype, device=y0.device)
-        self.at = torch.lerp(ts[0], ts[-1], self.drawn.random())
+        self.at, self.end = sampled(self.drawn, ts[0], ts[-1]), ts[-1]
         self.passing = Passing(self.drawn, 1, float(self.at))
         self.method = how["method"] or _default_method(how["sde"])
         self.noise, self.entropy = None, self.drawn.randrange(2**31 - 1)
@@ -177,10 +177,14 @@ class _Watch:
                 return torch.lerp(a, b, part.clamp(0.0, 1.0))
 
             places = {
-                "unbiased": Place(self.at, dt, inside),
-                "biased": Place(first, whole, lambda through: self._constant(states[0], through)),
+                "unbiased": self._place(self.at, dt, inside),
+                "biased": self._place(first, whole, lambda through: self._constant(states[0], through)),
             }
         return Recorded(self.source, places, self._lens, end)
+
+    def _place(self, t, dt, state: Callable) -> Place:
+        t = torch.as_tensor(t).to(self.end)
+        return Place(t, within(t, torch.as_tensor(dt).to(t), self.end), state)
 
     def _constant(self, y: Tensor, through: bool) -> Tensor:
         if through and not self.taped:
@@ -193,9 +197,12 @@ class _Watch:
         if not able(_Estimate, figure) or not (solver is None or solver in _METHODS):
             return self._by_neuralde(place, y, solver, figure, rows)
         method, how = solver or self.method, self.how
-        t, dt = place.t, torch.as_tensor(place.dt).to(place.t)
+        t, dt = place.t, place.dt
         if not bool((t < t + 0.5 * dt) & (t + 0.5 * dt < t + dt)):
-            dt = torch.as_tensor(how["dt"]).to(t)  # a last step that rounding left over, which has no halves
+            # A last step that rounding left over, which has no halves: the one before is as long as they are.
+            start = self.how["ts"][0]
+            t = torch.maximum(self.end - torch.as_tensor(how["dt"]).to(t), torch.as_tensor(start).to(t))
+            dt = self.end - t
         noise = torchsde.BrownianInterval(
             t0=t,
             t1=t + dt,
