@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from adapters import ADAMS, ADAPTIVE, FIXED, LOOSE
+from scipy import stats
 from torch import nn
 
 import regularizers as reg
@@ -115,3 +117,65 @@ def test_a_sampled_time_is_before_the_end():
 
     start, end = torch.tensor([0.0, 1.0])
     assert bool(sampled(Last(), start, end) < end) and bool(sampled(Last(), end, start) > start)
+
+
+# -- many solves -------------------------------------------------------------------------------------------------------
+
+# The starts of the steps, of lengths that differ; and where in a step the two stages are that its stiffness is made of:
+# Tsit5's and SOSRI's at its end, those of the 3/8 rule or its classical sister inside.
+MANY = {
+    "torchdiffeq": ([0.0, 0.1, 0.2, 0.3], 1.0),
+    "torchdyn": ([0.0, 0.1, 0.2, 0.3], 0.5),
+    "torchsde": ([0.0, 0.4, 0.8], 1.0),
+}
+
+
+def repeated(name, starts, count):
+    """(unbiased time, its LocalStiffness, biased time) of many solves, [count, 3]."""
+    f, ends = Field(), torch.tensor([*starts, 1.0], dtype=torch.float64)
+    z, layer, penalty, found = torch.ones(2, 1, dtype=torch.float64), None, reg.LocalStiffness(), []
+    if name == "torchdyn":
+        core = pytest.importorskip("torchdyn.core")
+        layer = reg.attach(core.NeuralODE(f, solver="rk4", sensitivity="autograd"))
+    with reg.record(torch.Generator().manual_seed(0)):
+        for _ in range(count):
+            if name == "torchdiffeq":
+                ode_adapter.odeint(f, z, ends, method="rk4")
+                solution = ode_adapter.odeint.solution
+            elif name == "torchsde":
+                sde_adapter.sdeint(f, z, ends[[0, -1]], dt=0.4, method="euler")
+                solution = sde_adapter.sdeint.solution
+            else:
+                layer(z, ends)
+                solution = layer.solution
+            t, step = (float(solution.place(x).t) for x in ("unbiased", "biased"))
+            found.append((t, float(penalty(solution).detach()), step))
+    return np.array(found)
+
+
+def check_many(name, count):
+    starts, part = MANY[name]
+    times, figures, biased = repeated(name, starts, count).T
+    ends = np.array([*starts, 1.0])
+
+    def figure(t):
+        step = np.diff(ends)[np.searchsorted(ends, t, side="right") - 1]
+        return 1 + 4 * (t + part * np.minimum(step, 1 - t))
+
+    np.testing.assert_allclose(figures, figure(times), rtol=1e-6)
+    average = figure((np.arange(10**5) + 0.5) / 10**5).mean()
+    assert abs(figures.mean() - average) < 3 * figures.std(ddof=1) / count**0.5
+    which = np.abs(biased[:, None] - ends[:-1]).argmin(axis=1)
+    np.testing.assert_allclose(biased, ends[which], atol=1e-9)
+    assert stats.chisquare(np.bincount(which, minlength=len(starts))).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_mean_is_the_time_average_and_biased_draws_are_uniform_over_the_steps(name):
+    check_many(name, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MANY)
+def test_the_mean_of_thousands(name):
+    check_many(name, 4000)
