@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from neuralde.errors import NonFiniteState
 from neuralde.introspection import Probe
 
+from .recomputed import Seeds, again
 from .rows import Rows
 
-# The recordings that are open, outermost first: (the list that fills, where its times come from).
+# The recordings that are open, outermost first: (the list that fills, where its times come from, `again` as it began).
 _OPEN: contextvars.ContextVar[tuple] = contextvars.ContextVar("recordings", default=())
 
 
@@ -40,7 +41,7 @@ def record(generator: torch.Generator | None = None) -> Iterator[list[Recorded]]
             times that repeat within a process need a generator here.
     """
     solutions: list[Recorded] = []
-    token = _OPEN.set((*_OPEN.get(), (solutions, generator)))
+    token = _OPEN.set((*_OPEN.get(), (solutions, generator, again())))
     try:
         yield solutions
     finally:
@@ -48,9 +49,10 @@ def record(generator: torch.Generator | None = None) -> Iterator[list[Recorded]]
 
 
 def keep(solution: Recorded) -> Recorded:
-    """Adds a solve to every list that is open."""
-    for solutions, _ in _OPEN.get():
-        solutions.append(solution)
+    """Adds a solve to every list that is open; to those of the forward pass no recomputation of a checkpoint."""
+    for solutions, _, began in _OPEN.get():
+        if began == again():
+            solutions.append(solution)
     return solution
 
 
@@ -61,20 +63,31 @@ class _Stream(threading.local):
 _STREAM = _Stream()
 
 
-def draws() -> random.Random:
-    """Random numbers for one solve, which take none away from whoever else draws some."""
-    generator = next((given for _, given in reversed(_OPEN.get()) if given is not None), None)
+_SEEDS = Seeds()
+
+
+def draws(f, start) -> random.Random:
+    """Random numbers for one solve, which take none away from whoever else draws some.
+
+    Args:
+        f, start: its function and its start, by which a checkpoint's recomputation draws the same.
+    """
+    return random.Random(_SEEDS.of(f, start, _seed))
+
+
+def _seed() -> int:
+    generator = next((given for _, given, _ in reversed(_OPEN.get()) if given is not None), None)
     if generator is None:
         if _STREAM.generator is None or _STREAM.generator.initial_seed() != torch.initial_seed():
             _STREAM.generator = torch.Generator().manual_seed(torch.initial_seed())
         generator = _STREAM.generator
-    return random.Random(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def unwanted(f) -> str | None:
     """Why nobody could want a penalty of a solve with f, or None: it is made without gradients or in eval mode."""
     if not torch.is_grad_enabled():
-        return "without gradients (torch.no_grad)"
+        return "without gradients (torch.no_grad, or a checkpoint with use_reentrant=True, which needs False)"
     if isinstance(f, nn.Module) and not f.training:
         return f"with {type(f).__name__} in eval mode (its .training is False)"
     return None
@@ -90,13 +103,29 @@ class Place:
     """A sampled point of a solve.
 
     Attributes:
-        t: the time. dt: the (signed) step that the library took there, None where nobody knows.
+        t: the time. dt: the (signed) step that the library took there, or what was left to the end of the horizon,
+            whichever is shorter; None where nobody knows.
         state: state(through) is the solution at t: on its tape where `through` asks for it, else a constant.
     """
 
     t: Tensor
     dt: Tensor | None
     state: Callable
+
+
+def sampled(drawn: random.Random, start: Tensor, end: Tensor) -> Tensor:
+    """A time, uniformly drawn between these, before the end."""
+    t = torch.lerp(start, end, drawn.random())
+    return torch.where(t == end, torch.nextafter(end, start), t)
+
+
+def within(t: Tensor, dt: Tensor, end: Tensor) -> Tensor:
+    """A (signed) step from t, at most to the end of the horizon: f may not be known beyond it."""
+    t, end = t.to(dt.device, torch.float64), end.to(dt.device, torch.float64)
+    left = (end - t).to(dt)
+    dt = torch.where(dt.abs() < left.abs(), dt, left)
+    beyond = (t + dt - end) * left > 0  # by rounding
+    return torch.where(beyond, torch.nextafter(dt, torch.zeros_like(dt)), dt)
 
 
 class AllFailed(NonFiniteState):

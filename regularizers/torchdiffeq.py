@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import threading
 from collections.abc import Callable
 
 import torch
@@ -30,7 +29,8 @@ from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
+from .recomputed import Last, hooked
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
 from .rows import Rows
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
@@ -51,11 +51,11 @@ class _Keeping:
     def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
         self.__module__ = __name__
-        self._last = threading.local()
+        self._last = Last()
 
     @property
     def solution(self) -> Recorded | None:
-        return getattr(self._last, "solution", None)
+        return self._last.solution
 
     def __reduce__(self):
         return self.__name__
@@ -132,7 +132,7 @@ class _Solve:
 
     def run(self) -> tuple[object, Recorded]:
         """(what torchdiffeq returns, what a penalty takes)."""
-        drawn = draws()
+        drawn = draws(self.func, self.y0)
         if self.kwargs.get("event_fn") is not None:
             result, places = self._until_event(drawn)
         elif self.stepwise or self.method == "scipy_solver":
@@ -157,26 +157,25 @@ class _Solve:
 
     def _through_times(self, drawn: random.Random) -> tuple[object, dict]:
         t = self.t.detach()
-        at = torch.lerp(t[0], t[-1], drawn.random())
+        at = sampled(drawn, t[0], t[-1])
         passing = Passing(drawn, self.direction, float(at))
         func = self._watched(passing.add) if self.stepwise else self.func
         # Cubic interpolation would evaluate func once more; SciPy's is one product with the other times, which changes
-        # their last bits.
-        if self.adjoint or not self.stepwise or self.options.get("interp") == "cubic":
+        # their last bits. A checkpoint's second pass must leave on the tape what the first did, wherever the time is.
+        if hooked() or self.adjoint or not self.stepwise or self.options.get("interp") == "cubic":
             result = self._call(func, self.t, {})
             if not self.stepwise:
                 first = int((self.direction * (t - at) <= 0).sum()) - 1
                 passing.around = t[first], pytree.tree_map(lambda y: y[first], result), None
             start = passing.around
-            unbiased = Place(at, self._signed(start[2]), lambda through: self._state(start, at, through))
+            unbiased = self._place(at, start[2], t[-1], lambda through: self._state(start, at, through))
         else:
             result, state = self._with_output(func, at)
-            unbiased = Place(
-                at, self._signed(passing.around[2]), lambda through: state if through else _constant(state)
-            )
+            step = passing.around[2]
+            unbiased = self._place(at, step, t[-1], lambda through: state if through else _constant(state))
         if passing.uniform is None:
             return result, {"unbiased": unbiased, "biased": "its steps are SciPy's, and shown to nobody"}
-        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform)}
+        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform, t[-1])}
 
     def _with_output(self, func, at: Tensor) -> tuple[object, object]:
         """(the result at the times asked for, the state at one more). That moves no step, and changes no other bit."""
@@ -206,13 +205,14 @@ class _Solve:
         elif self.stepwise:  # no callbacks, but the event function is shown the end of every step
             changed["event_fn"] = _Ends(self.kwargs["event_fn"], self.direction, passing.add)
         result = self._call(func, self.t, changed)
-        t = passing.ended(float(result[0]))
+        end = result[0].detach()
+        t = passing.ended(float(end))
         if t is None:
             why = "the event takes place at the start" if self.stepwise else f"method {self.method!r} shows no steps"
             return result, {"unbiased": why, "biased": why}
         at, start = self.t.detach().new_tensor(t), passing.around
-        unbiased = Place(at, self._signed(start[2]), lambda through: self._state(start, at, through))
-        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform)}
+        unbiased = self._place(at, start[2], end, lambda through: self._state(start, at, through))
+        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform, end)}
 
     # -- what was seen ---------------------------------------------------------------------------------------------
 
@@ -238,9 +238,12 @@ class _Solve:
     def _signed(self, dt: Tensor | None) -> Tensor | None:
         return None if dt is None else self.direction * torch.as_tensor(dt).detach()
 
-    def _start_of(self, step: tuple) -> Place:
+    def _place(self, t: Tensor, dt: Tensor | None, end: Tensor, state: Callable) -> Place:
+        return Place(t, None if dt is None else within(t, self._signed(dt), end), state)
+
+    def _start_of(self, step: tuple, end: Tensor) -> Place:
         t, y, dt = step
-        return Place(t.detach(), self._signed(dt), lambda through: self._taped(y, through))
+        return self._place(t.detach(), dt, end, lambda through: self._taped(y, through))
 
     def _taped(self, y, through: bool):
         if through and self.adjoint:

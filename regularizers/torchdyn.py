@@ -23,7 +23,7 @@ from neuralde.introspection import Probe
 from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
 from .rows import Rows
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
@@ -114,7 +114,7 @@ class _Watched(_Call):
             result = self.original(x, t_span, *args, **kwargs)
             layer.solution = keep(Skipped("torchdyn's NeuralODE", like, why))
             return result
-        eye = _Eye(layer.solver, draws())
+        eye = _Eye(layer.solver, draws(layer, x))
         own = layer.__dict__.get("solver")
         # Found before the registered Module of that name; another layer that shares the solver does not see it.
         layer.__dict__["solver"] = eye
@@ -141,13 +141,13 @@ class _Eye:
         passing: the steps, in torchdyn's time, which is negated where it solves backwards; None before the solve. The
             state of each is (x, the slope there or None, (t, dt) as they are on the tape), with the slopes of its
             stages where the solver shows them.
-        at: a time drawn uniformly on the horizon, [], likewise.
+        at: a time drawn uniformly on the horizon, [], likewise. end: where that ends.
         f, args: what is stepped.
     """
 
     def __init__(self, solver, drawn: random.Random):
         self._solver, self._drawn = solver, drawn
-        self.passing = self.at = self.f = self.args = self._attempt = None
+        self.passing = self.at = self.end = self.f = self.args = self._attempt = None
         self._open = True
 
     @property
@@ -163,8 +163,8 @@ class _Eye:
         """The solver's, which every solve begins with."""
         x, t_span = self._solver.sync_device_dtype(x, t_span)
         if self._open and self.passing is None:
-            ends = t_span.detach()
-            self.at = torch.lerp(ends[0], ends[-1], self._drawn.random())
+            start, self.end = t_span.detach()[[0, -1]]
+            self.at = sampled(self._drawn, start, self.end)
             self.passing = Passing(self._drawn, 1, float(self.at))
         return x, t_span
 
@@ -193,7 +193,7 @@ class _Solve:
 
     def __init__(self, layer: nn.Module, solver, eye: _Eye, taped: bool):
         self.layer, self.solver, self.taped = layer, solver, taped
-        self.f, self.args, self.passing, self.at = eye.f, eye.args, eye.passing, eye.at
+        self.f, self.args, self.passing, self.at, self.end = eye.f, eye.args, eye.passing, eye.at, eye.end
         self.direction = 1 if eye.f is layer.vf else -1
         self.left = [(m, name, vars(m)[name]) for m in layer.vf.modules() for name in _LEFT if name in vars(m)]
         self.rtol, self.atol = float(layer.rtol), float(layer.atol)
@@ -213,7 +213,8 @@ class _Solve:
         )
 
     def _place(self, t: Tensor, dt: Tensor, state) -> Place:
-        return Place(self.direction * t.detach().reshape(()), self.direction * dt.detach().reshape(()), state)
+        t, dt = t.detach().reshape(()), dt.detach().reshape(())
+        return Place(self.direction * t, self.direction * within(t, dt, self.end), state)
 
     def _constant(self, x, through: bool):
         if through and not self.taped:

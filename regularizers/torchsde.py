@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 
 import torch
@@ -28,7 +27,8 @@ from neuralde.control import rms
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, unwanted
+from .recomputed import Last
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
 from .rows import Rows
 
 __all__ = ["sdeint", "sdeint_adjoint"]
@@ -49,12 +49,12 @@ class _Recording:
     def __init__(self, function: Callable, taped: bool):
         functools.update_wrapper(self, function)
         self.__module__ = __name__
-        self._taped, self._last = taped, threading.local()
+        self._taped, self._last = taped, Last()
         self._signature = inspect.signature(function)
 
     @property
     def solution(self) -> Recorded | None:
-        return getattr(self._last, "solution", None)
+        return self._last.solution
 
     def __call__(self, sde, y0, ts, *args, **kwargs):
         """As torchsde's function of this name."""
@@ -62,9 +62,12 @@ class _Recording:
         how = self._signature.bind(sde, y0, ts, *args, **kwargs)
         how.apply_defaults()
         how = how.arguments
-        usable = isinstance(y0, Tensor) and y0.dim() == 2 and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
+        usable = isinstance(y0, Tensor) and y0.dim() == 2 and _increasing(ts)
+        usable = usable and all(hasattr(sde, x) for x in ("noise_type", "sde_type"))
         source = f"torchsde.{self.__name__} (method {how['method'] or 'of its choice'!r})"
         why = unwanted(sde)
+        # The adjoint says what is missing where there are no parameters, of what is shown to it, which is a Module.
+        usable = usable and (self._taped or how["adjoint_params"] is not None or isinstance(sde, nn.Module))
         if not usable or why is not None:
             result = self.__wrapped__(sde, y0, ts, *args, **kwargs)
             self._last.solution = keep(Skipped(source, y0, why)) if usable else None
@@ -99,10 +102,11 @@ class _Watch:
     """
 
     def __init__(self, source: str, how: dict, taped: bool):
-        self.source, self.how, self.taped, self.drawn = source, how, taped, draws()
+        self.source, self.how, self.taped = source, how, taped
         y0, ts = how["y0"], how["ts"]
+        self.drawn = draws(how["sde"], y0)
         ts = ts.detach() if isinstance(ts, Tensor) else torch.tensor(ts, dtype=y0.dtype, device=y0.device)
-        self.at = torch.lerp(ts[0], ts[-1], self.drawn.random())
+        self.at, self.end = sampled(self.drawn, ts[0], ts[-1]), ts[-1]
         self.passing = Passing(self.drawn, 1, float(self.at))
         self.method = how["method"] or _default_method(how["sde"])
         self.noise, self.entropy = None, self.drawn.randrange(2**31 - 1)
@@ -173,10 +177,14 @@ class _Watch:
                 return torch.lerp(a, b, part.clamp(0.0, 1.0))
 
             places = {
-                "unbiased": Place(self.at, dt, inside),
-                "biased": Place(first, whole, lambda through: self._constant(states[0], through)),
+                "unbiased": self._place(self.at, dt, inside),
+                "biased": self._place(first, whole, lambda through: self._constant(states[0], through)),
             }
         return Recorded(self.source, places, self._lens, end)
+
+    def _place(self, t, dt, state: Callable) -> Place:
+        t = torch.as_tensor(t).to(self.end)
+        return Place(t, within(t, torch.as_tensor(dt).to(t), self.end), state)
 
     def _constant(self, y: Tensor, through: bool) -> Tensor:
         if through and not self.taped:
@@ -189,9 +197,12 @@ class _Watch:
         if not able(_Estimate, figure) or not (solver is None or solver in _METHODS):
             return self._by_neuralde(place, y, solver, figure, rows)
         method, how = solver or self.method, self.how
-        t, dt = place.t, torch.as_tensor(place.dt).to(place.t)
+        t, dt = place.t, place.dt
         if not bool((t < t + 0.5 * dt) & (t + 0.5 * dt < t + dt)):
-            dt = torch.as_tensor(how["dt"]).to(t)  # a last step that rounding left over, which has no halves
+            # A last step that rounding left over, which has no halves: the one before is as long as they are.
+            start = self.how["ts"][0]
+            t = torch.maximum(self.end - torch.as_tensor(how["dt"]).to(t), torch.as_tensor(start).to(t))
+            dt = self.end - t
         noise = torchsde.BrownianInterval(
             t0=t,
             t1=t + dt,
@@ -297,6 +308,15 @@ class _Shown(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("sde") if "sde" in self._modules else self.__dict__["sde"], name)
+
+
+def _increasing(ts) -> bool:
+    """Whether these are times that torchsde takes."""
+    if not isinstance(ts, Tensor):
+        if not isinstance(ts, tuple | list) or not all(isinstance(t, float | int) for t in ts):
+            return False
+        ts = torch.tensor(ts, dtype=torch.float64)
+    return ts.dim() == 1 and len(ts) > 1 and bool((ts[1:] > ts[:-1]).all())
 
 
 def _default_method(sde) -> str:

