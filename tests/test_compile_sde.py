@@ -117,7 +117,8 @@ def agree(case, penalty="final", differentiated=True):
 
 
 @COMPILER
-@pytest.mark.parametrize("differentiated", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("differentiated", [False, True])
 def test_a_compiled_solve_is_the_same(compiled_only, differentiated):
     """Also with other noise, tolerances, horizons, parameters and numbers of steps, by the same programs."""
     from torch._dynamo.utils import counters
