@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import random
 import threading
 import warnings
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from neuralde.errors import NonFiniteState
 from neuralde.introspection import Probe
 
-from .recomputed import Seeds, again
+from .recomputed import Last, Seeds, again
 from .rows import Rows
 
 # The recordings that are open, outermost first: (the list that fills, where its times come from, `again` as it began).
@@ -250,6 +251,28 @@ class Skipped(Recorded):
 
 
 _WARNED: set[str] = set()
+
+
+class Keeping:
+    """Another library's function that keeps its last solve for penalties.
+
+    Attributes:
+        solution: what a penalty takes of the last solve of this thread, or None: before the first, and after one that
+            raised. It holds that call's graph until the next one. With several solves in one forward pass,
+            `regularizers.record` has all of them.
+    """
+
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+        self.__module__ = type(self).__module__  # the adapter's, by which it is pickled
+        self._last = Last()
+
+    @property
+    def solution(self) -> Recorded | None:  # noqa: D102
+        return self._last.solution
+
+    def __reduce__(self):
+        return self.__name__
 
 
 class Passing:

@@ -14,7 +14,6 @@ torchdiffeq's callbacks, and the one around that time is made once more, without
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections.abc import Callable
 
@@ -29,8 +28,8 @@ from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recomputed import Last, hooked
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
+from .recomputed import hooked
+from .recorded import Keeping, Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
 from .rows import Rows
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
@@ -39,29 +38,7 @@ _ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
-class _Keeping:
-    """A function of torchdiffeq's that keeps its last solve for penalties.
-
-    Attributes:
-        solution: what a penalty takes of the last solve of this thread, or None: before the first, and after one that
-            raised. It holds that call's graph until the next one. With several solves in one forward pass,
-            `regularizers.record` has all of them.
-    """
-
-    def __init__(self, function: Callable):
-        functools.update_wrapper(self, function)
-        self.__module__ = __name__
-        self._last = Last()
-
-    @property
-    def solution(self) -> Recorded | None:
-        return self._last.solution
-
-    def __reduce__(self):
-        return self.__name__
-
-
-class _Recording(_Keeping):
+class _Recording(Keeping):
     """odeint or odeint_adjoint.
 
     Args:
@@ -91,7 +68,7 @@ class _Recording(_Keeping):
         return result
 
 
-class _Event(_Keeping):
+class _Event(Keeping):
     """odeint_event, whose solve is made by its odeint_interface, by default this module's odeint."""
 
     def __call__(self, func, y0, t0, *, event_fn, reverse_time=False, odeint_interface=None, **kwargs):

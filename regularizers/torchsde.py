@@ -13,7 +13,6 @@ with fresh noise; its error is torchsde's own estimate, one step against two of 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 
@@ -27,8 +26,7 @@ from neuralde.control import rms
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recomputed import Last
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
+from .recorded import Keeping, Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
 from .rows import Rows
 
 __all__ = ["sdeint", "sdeint_adjoint"]
@@ -37,24 +35,16 @@ _METHODS = ("euler", "milstein", "srk", "euler_heun", "heun", "midpoint", "log_o
 _EVALUATIONS = ("f", "g", "f_and_g", "g_prod", "f_and_g_prod")
 
 
-class _Recording:
-    """A function of torchsde's that keeps its last solve for penalties.
+class _Recording(Keeping):
+    """sdeint or sdeint_adjoint.
 
-    Attributes:
-        solution: what a penalty takes of the last solve of this thread, or None: before the first, and after one that
-            raised. It holds that call's graph until the next one. With several solves in one forward pass,
-            `regularizers.record` has all of them.
+    Args:
+        function: of torchsde. taped: whether its states are on the tape.
     """
 
     def __init__(self, function: Callable, taped: bool):
-        functools.update_wrapper(self, function)
-        self.__module__ = __name__
-        self._taped, self._last = taped, Last()
-        self._signature = inspect.signature(function)
-
-    @property
-    def solution(self) -> Recorded | None:
-        return self._last.solution
+        super().__init__(function)
+        self._taped, self._signature = taped, inspect.signature(function)
 
     def __call__(self, sde, y0, ts, *args, **kwargs):
         """As torchsde's function of this name."""
@@ -82,9 +72,6 @@ class _Recording:
         watch.close(ys)
         self._last.solution = keep(watch.recorded(ys[-1]))
         return result
-
-    def __reduce__(self):
-        return self.__name__
 
 
 sdeint = _Recording(torchsde.sdeint, taped=True)

@@ -1,6 +1,7 @@
 """What every test starts from, and which tests the ordinary run has."""
 
 import collections
+import warnings
 
 import matplotlib
 import pytest
@@ -18,6 +19,16 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seeded(_one_thread):
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def silent():
+    """Nothing may be solved otherwise than compiled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
 
 
 # The continuous adjoints share their backward solve: in the ordinary run "backsolve" stands for them in the tests over
@@ -41,9 +52,8 @@ def pytest_collection_modifyitems(items):
             given, where = item.callspec.params, item.path.name
             if given.get("adjoint") in _LIKE_BACKSOLVE and where != "test_continuous_adjoints.py":
                 item.add_marker(pytest.mark.slow)
-            noisy = (
-                "sense" in given and not {"control", "adjoint"} & given.keys()
-            )  # methods for SDEs have these names too
+            # Methods for SDEs have these names too.
+            noisy = "sense" in given and not {"control", "adjoint"} & given.keys()
             if given.get("solver") in _LIKE_RK4 and len(given) > 1 and where not in _NUMBERS and not noisy:
                 item.add_marker(pytest.mark.slow)
 

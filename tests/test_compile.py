@@ -65,16 +65,6 @@ def same(x, y, within):
         close(a, b, within * max(1.0, float(b.detach().abs().max())))
 
 
-@pytest.fixture
-def silent():
-    """Nothing may be solved otherwise than compiled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
-
-
 # (Error ratios are differences of nearly equal numbers: last digits show.)
 PENALTIES = {
     "final": lambda s: 0.0,

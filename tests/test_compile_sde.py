@@ -76,16 +76,6 @@ PENALTIES = {
 
 
 @pytest.fixture
-def silent():
-    """Nothing may be solved otherwise than compiled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
-
-
-@pytest.fixture
 def compiled_only(silent, monkeypatch):
     """A compiled solve that fails is made as ever, which here would hide what is wrong."""
     made = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,22 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import transforms
-from ..equations import Autonomous, Coefficients
+from ..equations import Coefficients
 from ..field import Entering, Field, modules, reachable
 from ..problem import Problem
 from ..trajectory import Trajectory
-from .programs import Lent, Unsupported, first_line, hooks_of, known, leaves_of, warn
+from .programs import Lent, Unsupported, first_line, hooks_of, known, leaves_of, warn, whose
 
 _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
 _KNOWN = "and only nn.Modules and functions are known again"
-
-
-def whose(f: Callable):
-    """What a coefficient of an SDE is, or is a method of."""
-    f = f.f if isinstance(f, Autonomous) else f
-    return f.__self__ if isinstance(f, types.MethodType) else f
 
 
 def refusals(problem: Problem) -> list[tuple[bool, str]]:
@@ -95,7 +88,7 @@ class VectorField:
         return self.field.pure(self.f, t, z, self.args)
 
 
-class Engine:
+class Engine(abc.ABC):
     """The programs of one f, solver, control and kind of state, and what they are given.
 
     Args:
@@ -111,14 +104,14 @@ class Engine:
         self._checked = self._known = False
 
     @staticmethod
+    @abc.abstractmethod
     def refusals(problem: Problem) -> list[tuple[bool, str]]:
         """What this kind of engine does not solve; as the function of that name."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def kinds(problem: Problem) -> tuple:
         """What of a problem makes other programs, beside its f, its solver and its layout."""
-        raise NotImplementedError
 
     def tensors(self, problem: Problem) -> list[Tensor] | None:
         """What wants a gradient beside z0: f's parameters and args. None if there may be other tensors."""

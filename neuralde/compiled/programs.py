@@ -46,11 +46,15 @@ def known(memory: weakref.WeakKeyDictionary, f, make: Callable):
         return make()
 
 
+def whose(f: Callable):
+    """What a coefficient of an SDE is, or is a method of."""
+    f = f.f if isinstance(f, Autonomous) else f
+    return f.__self__ if isinstance(f, types.MethodType) else f
+
+
 def anchor(f: Callable):
     """What lives as long as f does, and is the same for an f made anew."""
-    f = f.f if isinstance(f, Autonomous) else f
-    if isinstance(f, types.MethodType):
-        return f.__self__
+    f = whose(f)
     return f.__code__ if isinstance(f, types.FunctionType) else f
 
 
