@@ -352,8 +352,9 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
     elif isinstance(t, tuple | list):
         if not all(isinstance(x, numbers.Real | Tensor) for x in t):
             raise TypeError(f"t must hold numbers or tensors, got {', '.join(type(x).__name__ for x in t)}")
-        if not any(isinstance(x, Tensor) for x in t):
-            t = torch.tensor([float(x) for x in t], dtype=layout.time_dtype, device=layout.device)
+        if len(t) > 1 and not any(isinstance(x, Tensor) for x in t):
+            t = _constant_times(tuple(map(float, t)), layout.time_dtype, layout.device).clone()
+            return t, t[:, None] if joint else t[:, None].expand(-1, layout.batch)
     else:
         raise TypeError(f"t must be (t0, t1), a 1-D tensor of times or [batch, times], got {type(t).__name__}")
     if not isinstance(t, Tensor):
@@ -378,6 +379,15 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
     ts = t if t.dim() == 1 else t.T
     times = t[:, None] if t.dim() == 1 else t.T
     return ts, times if joint else times.expand(-1, layout.batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant_times(times: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Times, checked; remembered, for a layer has the same ones at every call."""
+    with torch.inference_mode(False):  # what is remembered outlives what is around this solve
+        found = torch.tensor(times, dtype=dtype, device=device)
+    _check_order(found, dtype)
+    return found
 
 
 def _check_order(values: Tensor, dtype: torch.dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from dataclasses import dataclass
@@ -49,42 +50,13 @@ class Layout:
             TypeError: z0 holds something other than floating-point or complex tensors, or mixed dtypes.
             ValueError: z0 is empty, has no batch dimension, mixed batch sizes or devices.
         """
-        # A plain tensor, the common case, is spared the walk through a structure: a small solve takes a millisecond.
         leaves, tree = ([z0], None) if isinstance(z0, Tensor) else pytree.tree_flatten(z0)
-        if not leaves:
-            raise ValueError("z0 is empty; pass a tensor, or a tuple or dict with at least one tensor")
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise TypeError(
                     f"z0 must be a tensor, or a tuple or dict of tensors, but holds a {type(leaf).__name__}"
                 )
-            if not (leaf.is_floating_point() or leaf.is_complex()):
-                raise TypeError(f"z0 must be floating-point or complex, got {leaf.dtype}; convert it, e.g. z0.float()")
-            if leaf.dim() == 0:
-                raise ValueError("z0 needs a batch dimension, got a tensor without dimensions; use z0[None]")
-        for what, values in (
-            ("dtype", {leaf.dtype: None for leaf in leaves}),
-            ("device", {leaf.device: None for leaf in leaves}),
-            ("batch size (first dimension)", {len(leaf): None for leaf in leaves}),
-        ):
-            if len(values) > 1:
-                kind = TypeError if what == "dtype" else ValueError
-                raise kind(f"all tensors of z0 must share one {what}, got {', '.join(map(str, values))}")
-        first = leaves[0]
-        if len(first) == 0:
-            raise ValueError("z0 has batch size 0; pass at least one sample")
-        if all(leaf.numel() == 0 for leaf in leaves):
-            raise ValueError(f"z0 must not be empty, got {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}")
-        work = torch.float32 if first.dtype in _LOW_PRECISION else first.dtype
-        return cls(
-            tree=None if isinstance(z0, Tensor) else tree,
-            shapes=tuple(leaf.shape[1:] for leaf in leaves),
-            dtype=first.dtype,
-            work_dtype=work,
-            time_dtype=torch.float64 if work in (torch.float64, torch.complex128) else torch.float32,
-            batch=len(first),
-            device=first.device,
-        )
+        return _layout(tree, tuple([(leaf.dtype, leaf.device, leaf.shape) for leaf in leaves]))
 
     @property
     def time_rank(self) -> int:
@@ -212,3 +184,39 @@ def all_finite(x: Tensor) -> bool:
 
 def _lead_pattern(rank: int) -> str:
     return " ".join(f"d{i}" for i in range(rank)) + " *"
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(tree, leaves: tuple[tuple[torch.dtype, torch.device, torch.Size], ...]) -> Layout:
+    """See `Layout.of`. Remembered, for a layer's states look the same at every call, and a small solve takes 1 ms."""
+    if not leaves:
+        raise ValueError("z0 is empty; pass a tensor, or a tuple or dict with at least one tensor")
+    for dtype, _, shape in leaves:
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise TypeError(f"z0 must be floating-point or complex, got {dtype}; convert it, e.g. z0.float()")
+        if len(shape) == 0:
+            raise ValueError("z0 needs a batch dimension, got a tensor without dimensions; use z0[None]")
+    dtypes, devices, shapes = zip(*leaves, strict=True)
+    for what, values in (
+        ("dtype", dict.fromkeys(dtypes)),
+        ("device", dict.fromkeys(devices)),
+        ("batch size (first dimension)", dict.fromkeys(shape[0] for shape in shapes)),
+    ):
+        if len(values) > 1:
+            kind = TypeError if what == "dtype" else ValueError
+            raise kind(f"all tensors of z0 must share one {what}, got {', '.join(map(str, values))}")
+    batch = shapes[0][0]
+    if batch == 0:
+        raise ValueError("z0 has batch size 0; pass at least one sample")
+    if all(shape.numel() == 0 for shape in shapes):
+        raise ValueError(f"z0 must not be empty, got {', '.join(str(tuple(shape)) for shape in shapes)}")
+    work = torch.float32 if dtypes[0] in _LOW_PRECISION else dtypes[0]
+    return Layout(
+        tree=tree,
+        shapes=tuple(shape[1:] for shape in shapes),
+        dtype=dtypes[0],
+        work_dtype=work,
+        time_dtype=torch.float64 if work in (torch.float64, torch.complex128) else torch.float32,
+        batch=batch,
+        device=devices[0],
+    )

@@ -38,6 +38,9 @@ _LIKE_BACKSOLVE = ("interpolating", "quadrature")
 # and "rk4" stand for them, but where the numbers are what is tested.
 _LIKE_RK4 = ("midpoint", "heun", "ralston", "heun3", "rk4_38")
 _NUMBERS = ("test_orders.py", "test_gradients.py", "test_stiffness.py")
+# Backward Euler takes many small steps: in tests over solvers and something else, the other stiff methods stand for it,
+# but where the numbers are what is tested.
+_LIKE_ROSENBROCK = ("implicit_euler",)
 
 
 def pytest_collection_modifyitems(items):
@@ -54,7 +57,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
             # Methods for SDEs have these names too.
             noisy = "sense" in given and not {"control", "adjoint"} & given.keys()
-            if given.get("solver") in _LIKE_RK4 and len(given) > 1 and where not in _NUMBERS and not noisy:
+            if (
+                given.get("solver") in (*_LIKE_RK4, *_LIKE_ROSENBROCK)
+                and len(given) > 1
+                and where not in _NUMBERS
+                and not noisy
+            ):
                 item.add_marker(pytest.mark.slow)
 
 

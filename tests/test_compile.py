@@ -53,7 +53,7 @@ class Case:
             "rate": torch.linspace(0.5, 2.0, batch, dtype=torch.float64)[:, None].requires_grad_(),
             "decay": torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
         }
-        self.how = {"solver": "dopri5", "control": "joint", "rtol": 1e-6, "atol": 1e-6, "t": (0.0, 1.5)} | how
+        self.how = {"solver": "bs3", "control": "joint", "rtol": 1e-6, "atol": 1e-6, "t": (0.0, 1.5)} | how
         self.inputs = [self.z0, *self.args.values(), *FIELD.parameters()]
 
     def solve(self, compile, **more):
@@ -70,6 +70,7 @@ PENALTIES = {
     "final": lambda s: 0.0,
     "steps": lambda s: (s.steps.error * s.steps.dt).sum() + 1e-3 * (s.steps.stiffness**2).sum(),
     "figures": lambda s: reg.GlobalError()(s) + 1e-3 * reg.GlobalStiffness()(s),
+    "error": lambda s: reg.GlobalError()(s),
     "states": lambda s: (s.steps.z**2).sum() + (s(0.3) ** 2).sum(),
     "outputs": lambda s: (s.zs**2).sum() + (s.steps.z**2).sum(),
 }
@@ -98,10 +99,15 @@ def agree(case, penalty="final"):
 
 @COMPILER
 @pytest.mark.parametrize(
-    "penalty", ["final", "figures", *(pytest.param(x, marks=pytest.mark.slow) for x in ("steps", "states"))]
+    ("penalty", "solver"),
+    [
+        ("final", "bs3"),
+        ("error", "bs3"),
+        *(pytest.param(x, "dopri5", marks=pytest.mark.slow) for x in ("figures", "steps", "states")),
+    ],
 )
-def test_a_compiled_solve_is_the_same(silent, penalty):
-    agree(Case(), penalty)
+def test_a_compiled_solve_is_the_same(silent, penalty, solver):
+    agree(Case(solver=solver), penalty)
 
 
 @COMPILER
@@ -167,7 +173,7 @@ def test_programs_are_kept_between_processes(tmp_path):
     [
         {"t": (1.5, -0.3)},
         {"dt0": 0.9},
-        {"rtol": 1e-9, "atol": 1e-9, "t": (0.0, 30.0)},
+        {"rtol": 1e-7, "atol": 1e-7, "t": (0.0, 3.0)},
         pytest.param({"batch": 7}, marks=pytest.mark.slow),
         pytest.param({"batch": 11}, marks=pytest.mark.slow),
     ],
@@ -191,7 +197,7 @@ def test_few_programs_for_a_training_run(silent):
     made, accepted = [], set()
     for step in range(200):
         case = Case(batch=(6, 8, 9, 13)[step % 4])
-        how = {"rtol": 10.0 ** -(3 + step % 5), "t": (0.0, 1.0 + 0.01 * step), "atol": 1e-5}
+        how = {"rtol": 10.0 ** -(2 + step % 4), "t": (0.0, 1.0 + 0.01 * step), "atol": 1e-5}
         solution = case.solve(True, **how)
         accepted.add(int(solution.stats.accepted[0]))
         optimizer.zero_grad()

@@ -95,11 +95,15 @@ def test_the_error_falls_with_the_tolerance(adjoint, control, accurate):
     assert all(error < 30 * tolerance for error, tolerance in zip(errors, tolerances, strict=True)), errors
 
 
-# "quadrature" solves backwards as "interpolating" does: one method of every family shows that.
+# "quadrature" solves backwards as "interpolating" does: one method of every family shows that. Those whose steps take
+# longest have "backsolve" alone in the ordinary run.
+LONG = ("vcab3", "auto", "implicit_euler", "dopri8")
+
+
 @pytest.mark.parametrize(
     ("adjoint", "solver"),
     [
-        (a, s)
+        pytest.param(a, s, marks=[pytest.mark.slow] if a != "backsolve" and s in LONG else [])
         for a in CONTINUOUS
         for s in (SOLVERS if a != "quadrature" else ["heun", "tsit5", "vcab3", "rodas5p", "auto"])
     ],

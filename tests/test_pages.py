@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 
 
-BRIEF = ("01", "04", "06")  # of the others each takes up to a minute
+BRIEF = ("01", "04")  # of the others each takes up to a minute
 
 
 @pytest.mark.parametrize(

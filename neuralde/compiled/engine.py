@@ -16,7 +16,7 @@ from ..equations import Coefficients
 from ..field import Entering, Field, modules, reachable
 from ..problem import Problem
 from ..trajectory import Trajectory
-from .programs import Lent, Unsupported, first_line, hooks_of, known, leaves_of, warn, whose
+from .programs import Lent, Unsupported, any_hooked, constant, first_line, hooked, known, leaves_of, warn, whose
 
 _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _KNOWN = "and only nn.Modules and functions are known again"
@@ -50,27 +50,33 @@ def remembered(kind: type[Engine], problem: Problem) -> Engine:
         if unsupported:
             raise Unsupported(cause)
     field, layout, f = problem.field, problem.field.layout, problem.field.given
-    leaves, tree = leaves_of(field.args), pytree.tree_structure(field.args)
-    if not all(isinstance(x, Tensor) for x in leaves):
-        raise Unsupported("args holds something other than tensors")
+    leaves, tree = ([], None) if field.args is None else pytree.tree_flatten(field.args)
     used = list(f.modules()) if isinstance(f, nn.Module) else modules(f)
-    if any(hooks for m in used for hooks in hooks_of(m)) or any(hooks_of(torch.nn.modules.module, "_global")):
+    if any(map(hooked, used)) or any_hooked():
         raise Unsupported("a Module has hooks")
-    own = {id(p) for m in used for p in m.parameters()} if leaves else set()
-    if len({id(x) for x in leaves}) < len(leaves) or any(id(x) in own for x in leaves):
-        raise Unsupported("a tensor is in args twice, or is a parameter of f as well")
+    if leaves:
+        _check(leaves, used)
     key = (
-        kind, tuple(m.training for m in used), field.equation.takes_time, layout.tree, layout.shapes, layout.dtype,
+        kind, tuple([m.training for m in used]), field.equation.takes_time, layout.tree, layout.shapes, layout.dtype,
         tree, len(leaves), problem.control, *kind.kinds(problem),
     )  # fmt: skip
     engines = known(_ENGINES, f, weakref.WeakKeyDictionary)
     engines = known(engines, f.diffusion if isinstance(f, Coefficients) else f, dict)
-    if key not in engines:
-        engines[key] = kind(problem, tree)
-    found = engines[key]
+    found = engines.get(key)
+    if found is None:
+        found = engines[key] = kind(problem, tree)
     if found.broken is not None:
         raise found.broken
     return found
+
+
+def _check(leaves: list, used: Sequence[nn.Module]):
+    """Raises Unsupported where the programs could not tell apart what is in args."""
+    if not all(isinstance(x, Tensor) for x in leaves):
+        raise Unsupported("args holds something other than tensors")
+    own = {id(p) for m in used for p in m.parameters()}
+    if len({id(x) for x in leaves}) < len(leaves) or any(id(x) in own for x in leaves):
+        raise Unsupported("a tensor is in args twice, or is a parameter of f as well")
 
 
 class VectorField:
@@ -160,7 +166,8 @@ class Engine(abc.ABC):
 
     @staticmethod
     def _tolerances(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(torch.full((1, 1), x, dtype=z.dtype) for x in (problem.norm.rtol, problem.norm.atol))
+        norm = problem.norm
+        return tuple(constant(name, getattr(norm, name), z.dtype)[None, None] for name in ("rtol", "atol"))
 
     def _of(self, f, leaves) -> VectorField:
         return VectorField(self._field, f, pytree.tree_unflatten(leaves, self._tree) if leaves else None)

@@ -110,6 +110,17 @@ def _kept_between_processes() -> dict:
     return {option: {f"{while_loop_op.__module__}.{while_loop_op.__name__}": torch.__version__}}
 
 
+@functools.lru_cache(maxsize=256)
+def constant(name: str, value: float, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A number as programs are given it, which make no other program of another number. Nobody may change it.
+
+    Args:
+        name: what it is: two arguments of a program that were one tensor would be one to it from then on.
+    """
+    with torch.inference_mode(False):  # it outlives what is around the solve
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def first_line(error: Exception) -> str:
     """What the compiler's error comes down to."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -122,10 +133,20 @@ def leaves_of(args) -> list:
     return [] if args is None else pytree.tree_leaves(args)
 
 
-def hooks_of(where, prefix: str = "") -> list:
-    """What is called around Modules: Dynamo would not notice a change."""
-    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return [getattr(where, f"{prefix}_{name}", None) for name in names]
+def hooked(m: nn.Module) -> bool:
+    """Whether something is called around the Module's own calls: Dynamo would not notice a change."""
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def any_hooked() -> bool:
+    """Whether something is called around those of every Module."""
+    m = nn.modules.module
+    return bool(
+        m._global_forward_hooks
+        or m._global_forward_pre_hooks
+        or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )
 
 
 class Holder(nn.Module):

@@ -26,7 +26,7 @@ from ..discover import LEAST, resolution
 from ..problem import Problem
 from ..solvers import Solver, Step
 from .engine import Engine, VectorField
-from .programs import Lent, Unsupported, first_line, leaves_of, lend, program, while_loop
+from .programs import Lent, Unsupported, constant, first_line, leaves_of, lend, program, while_loop
 from .records import Log, Ran, Stand
 
 _M = algebra.TENSORS
@@ -127,43 +127,38 @@ class SteppingEngine(Engine):
             self._checked = True
         leaves, tolerances = leaves_of(field.args), self._tolerances(problem, z0)
         most = max(2, min(_LONGEST, _LOG // ((1 + self._stages) * z0.numel() * z0.element_size())))
-        limit, given = torch.tensor(min(most, budget)), self._given(problem)
+        limit, given = constant("limit", min(most, budget)), self._given(problem)
         h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
-        f = field.equation.f
-        log = self._empty(most, z0, problem.start)
-        count, *found = self._begin(
-            f, leaves, given, z0, problem.start, problem.end, *tolerances, h, limit, *log.given()
-        )
+        f, room = field.equation.f, problem.start.new_empty(most, len(problem.start))
+        said, *found = self._begin(f, leaves, given, z0, problem.start, problem.end, tolerances, h, limit, room)
         logs = []
         while True:
             stand, log = Stand(*found[:9]), Log(*found[9:])
-            made, live, failed = torch.stack([count, stand.live.any(), stand.failed.any()]).tolist()
+            made, live, failed = said.tolist()
             logs.append((made, log))
             budget -= made
             if failed or (live and not budget):
                 return None
             if not live:
                 break
-            limit = torch.tensor(min(most, budget))
-            count, *found = self._continue(
-                f, leaves, given, problem.start, problem.end, *tolerances, limit, *stand,
-                *self._empty(most, z0, problem.start).given(),
-            )  # fmt: skip
+            limit = constant("limit", min(most, budget))
+            said, *found = self._continue(f, leaves, given, problem.start, problem.end, tolerances, limit, room, *stand)
         extra = self._extra(problem)
         field.calls += sum(made for made, _ in logs) * self._solver.calls_per_step + extra
         return Ran(problem, z0, stand, logs, extra)
 
-    def _empty(self, most: int, z0: Tensor, t: Tensor) -> Log:
-        groups, solver = t.shape[0], self._solver
+    def _empty(self, room: Tensor, z: Tensor) -> Log:
+        """Traced: a log without attempts. room: as long as it is to be, [attempts, groups]."""
+        (most, groups), solver = room.shape, self._solver
         figures = max(1, (solver.error_order is not None) + 2 * solver.reports_stiffness)
-        s, h, end = (t.new_empty(most, groups) for _ in range(3))
-        ok, figures = t.new_empty(most, groups, dtype=torch.bool), t.new_empty(most, figures, groups)
-        stages = z0.new_empty(most, self._stages, *z0.shape) if self._closed else None
-        return Log(s, h, end, ok, figures, z0.new_empty(most, *z0.shape), stages)
+        s, h, end = (room.new_empty(most, groups) for _ in range(3))
+        ok, figures = room.new_empty(most, groups, dtype=torch.bool), room.new_empty(most, figures, groups)
+        stages = z.new_empty(most, self._stages, *z.shape) if self._closed else None
+        return Log(s, h, end, ok, figures, z.new_empty(most, *z.shape), stages)
 
-    def _beginning(self, f, leaves, given, z0, t, t1, rtol, atol, h, limit, *log):
+    def _beginning(self, f, leaves, given, z0, t, t1, tolerances, h, limit, room):
         """Traced: the slope at the start, the first step size, and the first attempts."""
-        vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
+        vector_field, norm = self._of(f, leaves), Norm(*tolerances, self._joint)
         slope = vector_field(vector_field.times(t)[0], z0) if self._sloped or h is None else torch.zeros_like(z0)
         if h is None:
             h = _control.initial_step(vector_field, t, z0, slope, t1 - t, self._solver.order, norm, _M)
@@ -171,11 +166,16 @@ class SteppingEngine(Engine):
         s, live = t * _direction(t, t1), torch.ones_like(t, dtype=torch.bool)
         none, memory = torch.zeros_like(t, dtype=torch.int64), self._control.first_memory(t, _M)
         stand = Stand(s, h, z0, slope, memory, live, ~live, none, none)
-        return self._loop(f, leaves, given, t, t1, rtol, atol, limit, *(x.clone() for x in stand), *log)
+        return self._loop(f, leaves, given, t, t1, tolerances, limit, room, *(x.clone() for x in stand))
 
-    def _loop(self, f, leaves, given, t, t1, rtol, atol, limit, *carried):
-        """Traced: attempts until all samples are at their ends, or as many as the log holds."""
-        vector_field, norm = self._of(f, leaves), Norm(rtol, atol, self._joint)
+    def _loop(self, f, leaves, given, t, t1, tolerances, limit, room, *stand):
+        """Traced: attempts until all samples are at their ends, or as many as the log holds.
+
+        Returns:
+            How many attempts were made, whether a sample is not at its end, and whether one failed; the `Stand`; the
+            `Log`.
+        """
+        vector_field, norm = self._of(f, leaves), Norm(*tolerances, self._joint)
         solver, control = self._solver, self._control
         exponents = control.exponents(solver.order, solver.exponents) if control.adaptive else None
         direction = _direction(t, t1)
@@ -224,7 +224,10 @@ class SteppingEngine(Engine):
             logged = zip(log.given(), now.given(), strict=True)
             return made + 1, *stand, *(x.index_copy(0, row, new[None]) for x, new in logged)
 
-        return while_loop(more, attempt, (torch.zeros((), dtype=torch.int64), *carried))
+        log = self._empty(room, stand[2]).given()
+        made, *found = while_loop(more, attempt, (torch.zeros((), dtype=torch.int64), *stand, *log))
+        live, failed = found[5].any(), found[6].any()
+        return torch.stack([made, live.to(made.dtype), failed.to(made.dtype)]), *found
 
     def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
         """Traced: what a `Judge` says of a step from z, [1 to 3, groups]."""
@@ -285,19 +288,20 @@ class SteppingEngine(Engine):
             end -= len(log.s)
             here = slice(end, end + len(log.s))
             weights, marked = (None if x is None else x[here] for x in (figures, marks))
-            checked = torch.tensor(made - 1 if log is ran.logs[-1][1] else -1)  # which attempt ends the solve
+            checked = constant("checked", made - 1 if log is ran.logs[-1][1] else -1)  # which attempt ends the solve
+            made = constant("made", made)
             costate, off, *sums = self._back[kind](
-                uses.holder, leaves, given, own, problem.start, problem.end, *tolerances, torch.tensor(made), costate,
-                off, ran.final, checked, weights, marked, log.s, log.h, log.end, log.ok, log.z, *sums,
+                uses.holder, leaves, given, own, problem.start, problem.end, tolerances, made, costate, off,
+                ran.final, checked, weights, marked, log.s, log.h, log.end, log.ok, log.z, *sums,
             )  # fmt: skip
         return [costate, *sums], off
 
     def _backwards(
-        self, names, wanted, lens, rows, holder, leaves, given, own, t, t1, rtol, atol, made, costate, off,
+        self, names, wanted, lens, rows, holder, leaves, given, own, t, t1, tolerances, made, costate, off,
         final, checked, weights, marks, s_log, h_log, end_log, ok_log, z_log, *sums,
     ):  # fmt: skip
         """Traced: the logged attempts from the last to the first. rows: how many of a snapshot have a gradient."""
-        norm, direction = Norm(rtol, atol, self._joint), _direction(t, t1)
+        norm, direction = Norm(*tolerances, self._joint), _direction(t, t1)
 
         def more(j, *carried):
             return j >= 0
