@@ -348,7 +348,7 @@ def _header(threads: str, peers: tuple[str, ...]) -> Iterator[str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *peers))
     yield f"- command: `{_command()}`"
     yield f"- machine: {_machine()}; threads: {threads}"
-    yield f"- software: neuralde {_revision()}, {versions}, Python {platform.python_version()}, {platform.system()}"
+    yield f"- software: neuralde {revision()}, {versions}, Python {platform.python_version()}, {platform.system()}"
 
 
 def _command() -> str:
@@ -368,7 +368,7 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores{gpu}"
 
 
-def _revision() -> str:
+def revision() -> str:
     """The version, with the commit where this is a checkout; a + where the package was changed since."""
     version = importlib.metadata.version("neuralde")
     try:
