@@ -33,7 +33,7 @@ class EquilibriumEngine(Engine):
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         super().__init__(problem, tree)
         self._is_map = problem.field.given is not problem.field.equation.f
-        self._forward = program(functools.partial(self._solving, _iterated(problem)))
+        self._forward = program(functools.partial(self._solving, _iterated(problem)), hoisted=True)
         self._backward: dict[Iterate, Callable] = {}
 
     @staticmethod
@@ -90,7 +90,7 @@ class EquilibriumEngine(Engine):
         if self.broken is not None or problem.solver.calls_per_step != 1:
             return None
         if iterate not in self._backward:
-            self._backward[iterate] = program(functools.partial(self._transposing, iterate))
+            self._backward[iterate] = program(functools.partial(self._transposing, iterate), hoisted=True)
         steps = _Steps(problem, self._backward[iterate], (*_given(field), t, z, right))
         try:
             return _iterate.iterate(problem, torch.zeros_like(right), right, steps)

@@ -99,8 +99,11 @@ _overwrites: bool | None = None  # as that function says, once a program is made
 _NUMBERS = itertools.count()
 
 
-def program(function: Callable) -> Callable:
+def program(function: Callable, hoisted: bool = False) -> Callable:
     """The function, compiled at its first call.
+
+    Args:
+        function: traced. hoisted: whether what never changes in its loops is computed before them.
 
     Dynamo remembers its work by code objects. Every program has one of its own, so that no two take each other for a
     variant of themselves.
@@ -117,17 +120,18 @@ def program(function: Callable) -> Callable:
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        return torch.compile(program, fullgraph=True, backend=_inductor)
+        return torch.compile(program, fullgraph=True, backend=functools.partial(_inductor, hoisted=hoisted))
 
     return lambda *arguments: made()(*arguments)
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], hoisted: bool) -> Callable:
     from torch._inductor.compile_fx import compile_fx
 
     # What is used twice is a tensor of its own: the slopes are, in every later stage.
     options = {"cpp_wrapper": True, "realize_reads_threshold": 0, **_kept_between_processes()}
-    options["joint_custom_pre_pass"] = hoisting.as_pass()
+    if hoisted:
+        options["joint_custom_pre_pass"] = hoisting.as_pass()
     return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions.table())
 
 
