@@ -104,7 +104,8 @@ def measure(work: Workload, ts, rounds: int) -> tuple[list[dict], list[str]]:
                     "spread": spread(seconds[sampling]),
                 }
             )
-            verdicts.append(verdict(f"{work.name}, {program}, {sampling}", ratio, round(limit, 3)))
+            noise = max(spread(seconds["None"]), spread(seconds[sampling]))
+            verdicts.append(verdict(f"{work.name}, {program}, {sampling}", ratio, round(limit, 3), noise=noise))
     return rows, verdicts
 
 

@@ -129,6 +129,22 @@ def within(t: Tensor, dt: Tensor, end: Tensor) -> Tensor:
     return torch.where(beyond, torch.nextafter(dt, torch.zeros_like(dt)), dt)
 
 
+def shown(z, through: bool, taped: bool, source: str, others: str):
+    """A state of a solve, on its tape where `through` asks for it, else a constant.
+
+    Args:
+        z: the state. taped: whether it is on the tape. source: who made it. others: whose states are on the tape.
+
+    Raises:
+        ValueError: it is to be on the tape, and is not.
+    """
+    if through and not taped:
+        raise ValueError(
+            f"through_state=True can't be had of {source}: its states are not on the tape; those of {others} are"
+        )
+    return z if through else pytree.tree_map(torch.detach, z)
+
+
 class AllFailed(NonFiniteState):
     """No sample of a recorded solve is finite: a penalty of it is 0."""
 
