@@ -195,6 +195,8 @@ def in_turns(
             wait()
             repeats[name] = max(1, round(least / (time.perf_counter() - start)))
     seconds = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # what the imports brought need not be gone through before every measurement
     for r in range(rounds):
         shift = r % len(names)
         found = dict.fromkeys(names, math.inf)
@@ -209,6 +211,7 @@ def in_turns(
             found[name] = min(found[name], (time.perf_counter() - start) / n)
         for name, value in found.items():
             seconds[name].append(value)
+    gc.unfreeze()
     return seconds
 
 

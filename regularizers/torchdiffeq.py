@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchdiffeq
@@ -129,7 +130,8 @@ class _Solve:
             why = f"method {self.method!r} is not known here"
             places = {"unbiased": why, "biased": why}
         ys = result if self.kwargs.get("event_fn") is None else result[1]
-        return result, Recorded(self.source, places, self._lens, pytree.tree_map(lambda y: y[-1], ys))
+        end = ys[-1] if isinstance(ys, Tensor) else pytree.tree_map(lambda y: y[-1], ys)
+        return result, Recorded(self.source, places, self._lens, end)
 
     def _call(self, func, t: Tensor, changed: dict):
         kwargs = {**self.kwargs, **changed}
@@ -155,14 +157,14 @@ class _Solve:
                 first = int((self.direction * (t - at) <= 0).sum()) - 1
                 passing.around = t[first], pytree.tree_map(lambda y: y[first], result), None
             start = passing.around
-            unbiased = self._place(at, start[2], t[-1], lambda through: self._state(start, at, through))
+            unbiased = partial(self._place, at, start[2], t[-1], lambda through: self._state(start, at, through))
         else:
             result, state = self._with_output(func, at)
             step = passing.around[2]
-            unbiased = self._place(at, step, t[-1], lambda through: self._shown(state, through))
+            unbiased = partial(self._place, at, step, t[-1], lambda through: self._shown(state, through))
         if passing.uniform is None:
             return result, {"unbiased": unbiased, "biased": "its steps are SciPy's, and shown to nobody"}
-        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform, t[-1])}
+        return result, {"unbiased": unbiased, "biased": partial(self._start_of, passing.uniform, t[-1])}
 
     def _with_output(self, func, at: Tensor) -> tuple[object, object]:
         """(the result at the times asked for, the state at one more). That moves no step, and changes no other bit."""
@@ -198,8 +200,8 @@ class _Solve:
             why = "the event takes place at the start" if self.stepwise else f"method {self.method!r} shows no steps"
             return result, {"unbiased": why, "biased": why}
         at, start = self.t.detach().new_tensor(t), passing.around
-        unbiased = self._place(at, start[2], end, lambda through: self._state(start, at, through))
-        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform, end)}
+        unbiased = partial(self._place, at, start[2], end, lambda through: self._state(start, at, through))
+        return result, {"unbiased": unbiased, "biased": partial(self._start_of, passing.uniform, end)}
 
     # -- what was seen ---------------------------------------------------------------------------------------------
 

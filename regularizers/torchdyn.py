@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import random
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
     made = []
     for layer in model.modules():
         if isinstance(layer, core.NeuralODE):
-            call = _Watched if engine is None else functools.partial(_Swapped, solve_options=solve_options)
+            call = _Watched if engine is None else partial(_Swapped, solve_options=solve_options)
         elif isinstance(layer, core.NeuralSDE):
             if engine is not None:
                 raise ValueError(f"{type(layer).__name__}: engine={engine!r} can make the solves of a NeuralODE only")
@@ -227,14 +227,14 @@ class _Solve:
         """What a penalty takes of the solve with those outputs."""
         around, uniform = self.passing.around, self.passing.uniform
         places = {
-            "unbiased": self._place(self.at, around[2], lambda through: self._inside(around, through)),
-            "biased": self._place(uniform[0], uniform[2], lambda through: self._shown(uniform[1][0], through)),
+            "unbiased": partial(self._place, self.at, around[2], lambda through: self._inside(around, through)),
+            "biased": partial(self._place, uniform[0], uniform[2], lambda through: self._shown(uniform[1][0], through)),
         }
         return Recorded(
             f"torchdyn's NeuralODE ({type(self.solver).__name__})",
             places,
             self._lens,
-            pytree.tree_map(lambda z: z[-1], zs),
+            zs[-1] if isinstance(zs, Tensor) else pytree.tree_map(lambda z: z[-1], zs),
         )
 
     def _place(self, t: Tensor, dt: Tensor, state) -> Place:

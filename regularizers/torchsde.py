@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchsde
@@ -164,8 +165,8 @@ class _Watch:
                 return torch.lerp(a, b, part.clamp(0.0, 1.0))
 
             places = {
-                "unbiased": self._place(self.at, dt, inside),
-                "biased": self._place(first, whole, lambda through: self._shown(states[0], through)),
+                "unbiased": partial(self._place, self.at, dt, inside),
+                "biased": partial(self._place, first, whole, lambda through: self._shown(states[0], through)),
             }
         return Recorded(self.source, places, self._lens, end)
 

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -69,3 +72,23 @@ def test_the_penaltys_gradient(program, sampling):
         made.forward()
     for penalty in (reg.LocalError(sampling), reg.LocalStiffness(sampling)):
         check_gradient(penalty, made.penalized(), made.parameters, made.step)
+
+
+@pytest.fixture(scope="module")
+def existing_code():
+    """The benchmark of that name as a module: classifiers of digits by the three libraries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+        yield importlib.import_module("existing_code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["torchdiffeq", "mnist", "torchdyn", "torchsde"])
+def test_two_lines_save_a_quarter_of_the_evaluations_on_digits(existing_code, program):
+    """After training on real digits, at no more than a point of the accuracy: one seed of the benchmark's."""
+    data, program = existing_code.digits(), existing_code.PROGRAMS[program]
+    plain, accuracy = existing_code.run(program, None, data, 0)
+    penalty = next(iter(program.penalties.values()))()
+    nfe, regularized = existing_code.run(program, penalty, data, 0)
+    assert nfe <= (1 - existing_code.LEAST_SAVED) * plain
+    assert regularized >= accuracy - existing_code.MOST_LOST
