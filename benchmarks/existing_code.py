@@ -220,7 +220,7 @@ PROGRAMS = {
         Residual,
         15,
         1e-2,
-        "torchdiffeq's MNIST example, 16 channels: convolutions before and in the ODE block; dopri5, rtol = atol = 1e-3",
+        "torchdiffeq's MNIST example, 16 channels: convolutions before and in the ODE block; dopri5 at 1e-3",
         {
             "LocalError(unbiased, 0.3)": lambda: reg.LocalError("unbiased", weight=0.3),
             "LocalStiffness(unbiased, 0.1)": lambda: reg.LocalStiffness("unbiased", weight=0.1),
@@ -240,8 +240,8 @@ PROGRAMS = {
         Noisy,
         15,
         3e-3,
-        "torchsde's sdeint: 64-100-64 tanh drift, diagonal diffusion 0.1 sigmoid(linear), a linear layer; milstein, adaptive, rtol = atol "
-        "= 1e-3",
+        "torchsde's sdeint: 64-100-64 tanh drift, diagonal diffusion 0.1 sigmoid(linear), a linear layer; milstein, "
+        "adaptive, rtol = atol = 1e-3",
         {
             "LocalError(unbiased, 2)": lambda: reg.LocalError("unbiased", weight=2.0),
             "LocalError(biased, 2)": lambda: reg.LocalError("biased", weight=2.0),
@@ -296,9 +296,9 @@ def compared(name: str, data: Split, seeds: int, folder: Path):
         verdicts.append(verdict(f"{row['penalty']}, points lost", row["accuracy lost, points"], MOST_LOST))
     notes = [
         program.what,
-        f"scikit-learn's digits, batches of 128, {program.epochs} epochs of Adam at {program.rate:g}; means over {seeds} "
-        "seeds; the penalties' weights were chosen on another seed",
-        "test NFE: evaluations of f (of an SDE, of its drift) in the solve of the whole test set, one step size for all",
+        f"scikit-learn's digits, batches of 128, {program.epochs} epochs of Adam at {program.rate:g}; means over "
+        f"{seeds} seeds; the penalties' weights were chosen on another seed",
+        "test NFE: evaluations of f (of an SDE: its drift) in the solve of the whole test set, one step size for all",
         *verdicts,
     ]
     peers = ("torchdiffeq", "torchdyn", "torchsde", "scikit-learn")

@@ -132,8 +132,8 @@ def main():
         *(f"{w.name}: {w.what}; t from 0 to {end}, rtol = atol = {w.tolerance}, dopri5" for w, end in works.values()),
         "ms of forward and backward pass together, of the library's own function and of the recorded one with the "
         "penalty; NFE of the forward solve",
-        f"{given.rounds} rounds, each the shortest of {BEST_OF} measurements; ms are medians over them, ratios the medians "
-        "of the ratios of every round, spread the interquartile range over the median",
+        f"{given.rounds} rounds, each the shortest of {BEST_OF} measurements; ms are medians over them, ratios the "
+        "medians of the ratios of every round, spread the interquartile range over the median",
         *verdicts,
     ]
     threads = ", ".join(f"{w.threads} ({w.name})" for w, _ in works.values())
