@@ -222,8 +222,8 @@ PROGRAMS = {
         1e-2,
         "torchdiffeq's MNIST example, 16 channels: convolutions before and in the ODE block; dopri5 at 1e-3",
         {
-            "LocalError(unbiased, 0.3)": lambda: reg.LocalError("unbiased", weight=0.3),
-            "LocalStiffness(unbiased, 0.1)": lambda: reg.LocalStiffness("unbiased", weight=0.1),
+            "LocalError(unbiased, 30)": lambda: reg.LocalError("unbiased", weight=30.0),
+            "LocalStiffness(unbiased, 1)": lambda: reg.LocalStiffness("unbiased", weight=1.0),
         },
     ),
     "torchdyn": Program(
