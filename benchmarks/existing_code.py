@@ -211,9 +211,7 @@ PROGRAMS = {
         "torchdiffeq's odeint: 64-100-64 tanh Neural ODE of the pixels and a linear layer; dopri5, rtol = atol = 1e-5",
         {
             "LocalError(unbiased, 0.3)": lambda: reg.LocalError("unbiased", weight=0.3),
-            "LocalError(biased, 0.3)": lambda: reg.LocalError("biased", weight=0.3),
             "LocalStiffness(unbiased, 1)": lambda: reg.LocalStiffness("unbiased", weight=1.0),
-            "LocalStiffness(biased, 1)": lambda: reg.LocalStiffness("biased", weight=1.0),
         },
     ),
     "mnist": Program(
@@ -223,7 +221,6 @@ PROGRAMS = {
         "torchdiffeq's MNIST example, 16 channels: convolutions before and in the ODE block; dopri5 at 1e-3",
         {
             "LocalError(unbiased, 30)": lambda: reg.LocalError("unbiased", weight=30.0),
-            "LocalStiffness(unbiased, 1)": lambda: reg.LocalStiffness("unbiased", weight=1.0),
         },
     ),
     "torchdyn": Program(
