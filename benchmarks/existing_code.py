@@ -253,15 +253,16 @@ def run(program: Program, penalty: reg.Regularizer | None, data: Split, seed: in
     torch.manual_seed(seed)
     model, order = program.make(penalty is not None), torch.Generator().manual_seed(seed)
     descent = torch.optim.Adam(model.parameters(), lr=program.rate)
-    with reg.record(torch.Generator().manual_seed(seed)):  # the same times, whatever ran before
-        for _ in range(program.epochs):
-            for rows in torch.randperm(len(data.train_x), generator=order).split(128):
+    times = torch.Generator().manual_seed(seed)  # the penalties' are the same, whatever ran before
+    for _ in range(program.epochs):
+        for rows in torch.randperm(len(data.train_x), generator=order).split(128):
+            with reg.record(times):
                 loss = nn.functional.cross_entropy(model(data.train_x[rows]), data.train_y[rows])
-                if penalty is not None:
-                    loss = loss + penalty(model.penalized)
-                descent.zero_grad()
-                loss.backward()
-                descent.step()
+            if penalty is not None:
+                loss = loss + penalty(model.penalized)
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
     model.eval()
     model.f.nfe = 0
     with torch.no_grad():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Fewer steps than these are not worth an advice about their number,
 FEW_STEPS = 20
-# but for a penalty on their error: it made three steps of six on digits (benchmarks/results/existing_code_torchdiffeq.md).
+# but for a penalty on their error, which halves the six of a classifier of digits (benchmarks/existing_code.py).
 PENALTY_STEPS = 5
 # Stiff: more than half of the steps have |dt|·stiffness above half of the method's stability size.
 STIFF_STEP, STIFF_SHARE = 0.5, 0.5

@@ -22,9 +22,9 @@ pytestmark = [
 PROGRAM = pytest.mark.parametrize("program", PROGRAMS)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _times():
-    """The same sampled times in every run, whatever ran before."""
+    """The same sampled times in every run. (The recording keeps every solve, which is too much for a training.)"""
     with reg.record(torch.Generator().manual_seed(0)):
         yield
 
@@ -47,6 +47,7 @@ def trained(make, recorded, penalty=None, steps=2):
 
 
 @PROGRAM
+@pytest.mark.usefixtures("_times")
 def test_line_one_changes_nothing_and_line_two_does(program):
     make = PROGRAMS[program]
     theirs, _ = trained(make, False)
@@ -62,6 +63,7 @@ def test_line_one_changes_nothing_and_line_two_does(program):
 
 
 @PROGRAM
+@pytest.mark.usefixtures("_times")
 @pytest.mark.parametrize("sampling", ["unbiased", "biased"])
 def test_the_penaltys_gradient(program, sampling):
     """In float64, at the sampled time, along a random direction of all parameters of the vector field."""
