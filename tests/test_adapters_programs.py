@@ -230,7 +230,8 @@ def test_imports_stay_light():
     script = (
         "import sys, regularizers\n"
         "def found(): print(*({'torchdiffeq', 'torchdyn', 'torchsde'} & set(sys.modules)), sep=',')\n"
-        "found()\nimport regularizers.torchdiffeq\nfound()\nregularizers.torchsde.sdeint\nregularizers.torchdyn.attach\n"
+        "found()\nimport regularizers.torchdiffeq\nfound()\n"
+        "regularizers.torchsde.sdeint\nregularizers.torchdyn.attach\n"
         "print('torchdyn' in sys.modules, hasattr(regularizers, 'jax'))"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
