@@ -191,7 +191,8 @@ def claims(work: Workload, mine: dict, peers: dict, seconds: dict, off: dict) ->
             continue
         for peer in rivals:
             ratio = median_ratio(seconds[name], seconds[peer])
-            made.append(verdict(f"{work.name}, {name}, time over that of {peer}", ratio, 1.0))
+            noise = max(spread(seconds[name]), spread(seconds[peer]))
+            made.append(verdict(f"{work.name}, {name}, time over that of {peer}", ratio, 1.0, noise=noise))
         # Nobody needs an error below the tolerance.
         bar = max(1.1 * min(off[peer] for peer in rivals), TOLERANCE)
         claim = f"{work.name}, {name}, gradient error over 1.1 of the best of these, or over the tolerance if larger"

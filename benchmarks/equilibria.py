@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from common import in_turns, median_ratio, parser, spread, verdict, write
+from common import in_turns, median_ratio, parser, revision, spread, verdict, write
 from torch import Tensor, nn
 from torchdeq import get_deq
 
@@ -244,30 +246,61 @@ def against_neural_ode(scale: float, rounds: int) -> tuple[list[dict], str]:
     )
 
 
+PARTS = ("torchdeq", "neural_ode", "compiled")
+
+
+def measured(part: str, scale: float, rounds: int) -> tuple[list[dict], list[str]]:
+    """The rows of a part, and its verdicts."""
+    if part == "compiled":
+        return compiled(rounds)
+    torch.set_num_threads(THREADS)
+    if part == "torchdeq":
+        return against_torchdeq(scale, rounds)
+    rows, claim = against_neural_ode(scale, rounds)
+    return rows, [claim]
+
+
+def joined(folder: Path) -> tuple[list[dict], list[str], int]:
+    """The rows and the verdicts of the parts that were put into a folder, and the fewest rounds of one.
+
+    Raises:
+        ValueError: they are of different commits.
+    """
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("equilibria-*.json"))]
+    commits = {part["software"] for part in parts}
+    if len(commits) != 1 or commits != {revision()}:
+        raise ValueError(f"the parts in {folder} must be of the commit that is here, {revision()}, got {commits}")
+    rows, verdicts = ([x for part in parts for x in part[name]] for name in ("rows", "verdicts"))
+    return rows, verdicts, min(part["rounds"] for part in parts)
+
+
 def main():
     """Measures, and writes the results."""
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=9, help="measurements of each")
     options.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5], help="of W")
+    options.add_argument("--part", choices=PARTS, help="measure this alone, and keep it for --join")
+    options.add_argument("--join", action="store_true", help="write the table of the parts that there are")
     given = options.parse_args()
-    torch.set_num_threads(THREADS)
-    rows, notes = [], []
-    for scale in given.scales:
-        for more, verdicts in (against_torchdeq(scale, given.rounds),):
-            rows += more
-            notes += verdicts
-        more, claim = against_neural_ode(scale, given.rounds)
-        rows += more
-        notes.append(claim)
-    more, verdicts = compiled(given.rounds)
-    rows += more
-    notes += verdicts
+    rows, notes, rounds = joined(given.results) if given.join else ([], [], given.rounds)
+    for part in () if given.join else PARTS if given.part is None else (given.part,):
+        for scale in given.scales if part != "compiled" else given.scales[:1]:
+            found = measured(part, scale, given.rounds)
+            rows, notes = rows + found[0], notes + found[1]
+            if given.part is not None:
+                name = f"equilibria-{PARTS.index(part)}-{part}-{scale:g}.json"
+                text = json.dumps({"software": revision(), "rounds": rounds, "rows": found[0], "verdicts": found[1]})
+                given.results.mkdir(parents=True, exist_ok=True)
+                (given.results / name).write_text(text)
+    if given.part is not None:
+        print("\n".join([*map(str, rows), *notes]))
+        return
     notes = [
         f"f(z, x) = tanh(W z + U x), {WIDTH} wide, torch's initialisation of a Linear with W multiplied as said, batch "
         f"{BATCH} of randn, float32. Both packages end by the samples' relative residuals, at most {TOLERANCE}, and "
         "solve the linear system of the backward pass (torchdeq: ift=True) with the same solver to the same tolerance. "
-        f"Medians of {given.rounds} rounds in turns; ratios are medians of the rounds' ratios. torchdeq runs as it is "
-        "(eager is all that it offers); compiled is compile=True, which compiles f with the step of the solver.",
+        f"Medians of {rounds} rounds in turns; ratios are medians of the rounds' ratios. torchdeq runs as it is "
+        "(eager is all that it offers); compiled is compile=True, which makes the solver's loop one program.",
         f"fc DEQ: 784-{RECIPE.width}-10, f(z, x) = relu(W z) + relu(U x), batch {RECIPE.batch}, relative tolerance "
         f"{RECIPE.tolerance} over the batch, systems by anderson, cross-entropy of random inputs, one thread. The "
         "gradient there is off by so much between compiled and eager.",

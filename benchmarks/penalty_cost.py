@@ -20,8 +20,15 @@ with warnings.catch_warnings():
     from torchdyn.core import NeuralODE
     from torchdyn.numerics import odeint as torchdyn_odeint
 
-SAMPLINGS = ("unbiased", "biased")
+# Name -> the penalty; None is a step without one.
+PENALTIES: dict[str, reg.Regularizer | None] = {"none": None} | {
+    f"{kind.__name__}, {sampling}": kind(sampling, weight=1e-3)
+    for kind in (reg.LocalError, reg.LocalStiffness)
+    for sampling in ("unbiased", "biased")
+}
 LEAST_NFE = 100
+# What is measured is a tenth of a step: a round's time is the shortest of so many.
+BEST_OF = 3
 PEERS = ("torchdiffeq", "torchdyn")
 
 
@@ -36,35 +43,35 @@ def digits_sized() -> Workload:
     return Workload("D", TimeFree(net), torch.rand(128, 64), 1e-6, 1, what)
 
 
-def through_torchdiffeq(name: str, work: Workload, ts, sampling: str | None):
+def through_torchdiffeq(name: str, work: Workload, ts, penalty: reg.Regularizer | None):
     """A step of a program that calls torchdiffeq's function of that name."""
-    function = getattr(torchdiffeq if sampling is None else recorded, name)
+    function = getattr(torchdiffeq if penalty is None else recorded, name)
     y = function(work.f, work.z0, ts, method="dopri5", rtol=work.tolerance, atol=work.tolerance)[-1]
     loss = y.square().mean()
-    if sampling is not None:
-        loss = loss + reg.LocalError(sampling, weight=1e-3)(function.solution)
+    if penalty is not None:
+        loss = loss + penalty(function.solution)
     loss.backward()
 
 
-def through_torchdyn(layer, work: Workload, ts, sampling: str | None):
+def through_torchdyn(layer, work: Workload, ts, penalty: reg.Regularizer | None):
     """A step of a program with a torchdyn layer."""
     loss = layer(work.z0, ts)[1][-1].square().mean()
-    if sampling is not None:
-        loss = loss + reg.LocalError(sampling, weight=1e-3)(layer)
+    if penalty is not None:
+        loss = loss + penalty(layer)
     loss.backward()
 
 
-def programs(work: Workload, ts) -> dict[str, dict[str | None, Callable]]:
-    """Program -> sampling, None without a penalty -> a training step."""
+def programs(work: Workload, ts) -> dict[str, dict[str, Callable]]:
+    """Program -> name in PENALTIES -> a training step."""
     made = {}
     for name in ("odeint", "odeint_adjoint"):
         step = functools.partial(through_torchdiffeq, name, work, ts)
-        made[f"torchdiffeq {name}"] = {sampling: functools.partial(step, sampling) for sampling in (None, *SAMPLINGS)}
+        made[f"torchdiffeq {name}"] = {which: functools.partial(step, penalty) for which, penalty in PENALTIES.items()}
     options = {"solver": "dopri5", "atol": work.tolerance, "rtol": work.tolerance}
     plain, attached = NeuralODE(work.f.net, **options), reg.attach(NeuralODE(work.f.net, **options))
     made["torchdyn NeuralODE"] = {
-        sampling: functools.partial(through_torchdyn, plain if sampling is None else attached, work, ts, sampling)
-        for sampling in (None, *SAMPLINGS)
+        which: functools.partial(through_torchdyn, plain if penalty is None else attached, work, ts, penalty)
+        for which, penalty in PENALTIES.items()
     }
     return made
 
@@ -88,30 +95,31 @@ def measure(work: Workload, ts, rounds: int) -> tuple[list[dict], list[str]]:
     rows, verdicts = [], []
     for program, steps in programs(work, ts).items():
         nfe = count(program, work, ts)
-        seconds = in_turns({str(sampling): step for sampling, step in steps.items()}, rounds)
-        for sampling in SAMPLINGS:
-            ratio, limit = median_ratio(seconds[sampling], seconds["None"]), 1.0 + 12.0 / nfe
+        seconds = in_turns(steps, rounds, best_of=BEST_OF)
+        for penalty in list(PENALTIES)[1:]:
+            ratio, limit = median_ratio(seconds[penalty], seconds["none"]), 1.0 + 12.0 / nfe
             rows.append(
                 {
                     "workload": work.name,
                     "program": program,
-                    "sampling": sampling,
+                    "penalty": penalty,
                     "NFE": nfe,
-                    "ms without": statistics.median(seconds["None"]) * 1e3,
-                    "ms with": statistics.median(seconds[sampling]) * 1e3,
+                    "ms without": statistics.median(seconds["none"]) * 1e3,
+                    "ms with": statistics.median(seconds[penalty]) * 1e3,
                     "with / without": ratio,
                     "1 + 12/NFE": limit,
-                    "spread": spread(seconds[sampling]),
+                    "spread": spread(seconds[penalty]),
                 }
             )
-            verdicts.append(verdict(f"{work.name}, {program}, {sampling}", ratio, round(limit, 3)))
+            noise = max(spread(seconds["none"]), spread(seconds[penalty]))
+            verdicts.append(verdict(f"{work.name}, {program}, {penalty}", ratio, round(limit, 3), noise=noise))
     return rows, verdicts
 
 
 def main():
     """Measures, prints a table and writes it to results/."""
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=15, help="measurements of every program, at least 7")
+    options.add_argument("--rounds", type=int, default=11, help="measurements of every program, at least 7")
     given = options.parse_args()
     if given.rounds < 7:
         options.error("--rounds must be at least 7")
@@ -122,10 +130,10 @@ def main():
         verdicts += judged
     notes = [
         *(f"{w.name}: {w.what}; t from 0 to {end}, rtol = atol = {w.tolerance}, dopri5" for w, end in works.values()),
-        "ms of forward and backward pass together, of the library's own function and of the recorded one with "
-        "`LocalError`; NFE of the forward solve",
-        f"{given.rounds} rounds; ms are medians over them, ratios the medians of the ratios of every round, spread the "
-        "interquartile range over the median",
+        "ms of forward and backward pass together, of the library's own function and of the recorded one with the "
+        "penalty; NFE of the forward solve",
+        f"{given.rounds} rounds, each the shortest of {BEST_OF} measurements; ms are medians over them, ratios the "
+        "medians of the ratios of every round, spread the interquartile range over the median",
         *verdicts,
     ]
     threads = ", ".join(f"{w.threads} ({w.name})" for w, _ in works.values())

@@ -31,7 +31,7 @@ import neuralde as nde
 FEATURES, HIDDEN, BATCH = 32, 64, 512
 TOLERANCES = (1e-1, 1e-2)  # of torchsde
 SOLVERS = ("sosri", "sosri2")
-COMPILED = ("sosri",)  # those that are measured with compile=True as well
+COMPILED = ("sosri", "sosri2")  # those that are measured with compile=True as well
 FINE = 1024  # steps of the reference
 EAGER = 10_000  # steps at most without compiling
 LIMIT = 30.0  # seconds of the processor that a solve of torchsde's has for a long horizon

@@ -259,11 +259,16 @@ def row(work: Workload, what: str, name: str, seconds: dict, counts: dict, off: 
 def claims(part: str, rows: list[dict]) -> list[str]:
     """Whether they hold, of those that were measured."""
     found = {(r["pass"], r["contender"]): r for r in rows}
-    return [
-        verdict(f"{part}, {what}, {name}, {LABELS.get(column, f'time {column}')}", found[what, name][column], limit)
-        for where, what, name, column, limit in CLAIMS
-        if where == part and found.get((what, name), {}).get(column) is not None
-    ]
+    made = []
+    for where, what, name, column, limit in CLAIMS:
+        row = found.get((what, name), {})
+        if where != part or row.get(column) is None:
+            continue
+        label, noise = LABELS.get(column), 0.0
+        if label is None:
+            label, noise = f"time {column}", row["spread"]
+        made.append(verdict(f"{part}, {what}, {name}, {label}", row[column], limit, noise=noise))
+    return made
 
 
 # -- compaction ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from .diagnose import Diagnosis, diagnose
 from .equations import ODE, SDE, SteadyState
 from .equilibrium import Equilibrium
 from .errors import (
+    BiasWarning,
     MaxStepsReached,
     NeuralDEError,
     NonFiniteState,
@@ -27,6 +28,7 @@ __all__ = [
     "ODE",
     "SDE",
     "AppendTime",
+    "BiasWarning",
     "BrownianTree",
     "DeepEquilibrium",
     "Diagnosis",

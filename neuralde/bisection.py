@@ -96,20 +96,22 @@ class Way:
         return both.noise(self.times.diff(dim=0)[..., None].to(dtype))
 
 
-def halved(w: Tensor, h: Tensor, x: Tensor, y: Tensor, sign: Tensor, size, beside: bool = True):
+def halved(w: Tensor, h: Tensor, x: Tensor, y: Tensor, sign: Tensor | None, size, beside: bool = True):
     """One level down: W' = W/2 ± (3H/2 + Z), H' = H/4 - Z/2 ± N/2, with Z ~ N(0, h/16) and N ~ N(0, h/12).
 
     Args:
-        w, h: of the interval. x, y: standard normal. sign: +1 for its left half, -1 for its right one. size: of a half.
+        w, h: of the interval. x, y: standard normal. size: of a half.
+        sign: +1 for its left half, -1 for its right one; None for the left one everywhere.
         beside: whether the other half is wanted.
 
     Returns:
         W and H of that half, and the other one as a `Piece` or None.
     """
     z = x * ((2 * size) ** 0.5 / 4)
-    across = torch.add(z, h, alpha=1.5).mul_(sign)
-    along = (h * 0.25).sub_(z, alpha=0.5)
-    apart = y * (sign * (0.5 * (2 * size / 12) ** 0.5))
+    across, spread = torch.add(z, h, alpha=1.5), 0.5 * (2 * size / 12) ** 0.5
+    if sign is not None:
+        across, spread = across.mul_(sign), sign * spread
+    along, apart = (h * 0.25).sub_(z, alpha=0.5), y * spread
     mine = torch.add(across, w, alpha=0.5)
     other = Piece(w - mine, along - apart, size) if beside else None
     return mine, along.add_(apart), other
@@ -190,11 +192,8 @@ class Piece(NamedTuple):
 
     def halved(self, x: Tensor, y: Tensor) -> tuple[Piece, Piece]:
         """Its halves; x and y are standard normal. See the function of that name."""
-        z, n = x * (0.25 * math.sqrt(self.size)), y * (math.sqrt(self.size / 48))
-        w = torch.add(z, self.w, alpha=0.5).add_(self.h, alpha=1.5)
-        middle = torch.sub(0.25 * self.h, z, alpha=0.5)
-        half = 0.5 * self.size
-        return Piece(w, middle + n, half), Piece(self.w - w, middle.sub_(n), half)
+        w, h, right = halved(self.w, self.h, x, y, None, 0.5 * self.size)
+        return Piece(w, h, right.size), right
 
     def divided(self, part: Tensor, x: Tensor, y: Tensor) -> tuple[Piece, Piece]:
         """The parts before and after a point inside.

@@ -75,7 +75,8 @@ class BrownianTree:
     def grouped(self, size: int) -> BrownianTree:
         """The same for a batch in which so many samples in a row are trajectories of one input.
 
-        Antithetic paths are then those of the first and the second half of an input's trajectories.
+        Antithetic paths are then those of the first and the second half of an input's trajectories, and shared ones
+        are those of the trajectories, one input's as another's.
         """
         tree = copy.copy(self)
         tree._group = size
@@ -108,10 +109,11 @@ class BrownianTree:
         index = torch.arange(batch, device=device)
         if isinstance(self.paths, Tensor):
             if len(self.paths) != batch:
-                raise ValueError(f"paths must have one entry per sample, {batch}, got {len(self.paths)}")
+                those = "" if self._group is None else f" ({batch // self._group} inputs times {self._group})"
+                raise ValueError(f"paths must have one entry per sample, {batch}{those}, got {len(self.paths)}")
             return self.paths.to(device=device, dtype=torch.int64), None
         if self.paths == "shared":
-            return torch.zeros_like(index), None
+            return (torch.zeros_like(index) if self._group is None else index % self._group), None
         if self.paths == "independent":
             return index, None
         size, what = (batch, "samples") if self._group is None else (self._group, "trajectories of every input")
@@ -248,10 +250,15 @@ class Foreign:
 
     Args:
         brownian: such as a BrownianInterval.
+
+    Attributes:
+        horizon: from when to when it is known; infinite where it does not say.
     """
 
     def __init__(self, brownian):
         self.brownian = brownian
+        interval = getattr(brownian, "_interval", brownian)  # what a BrownianPath or a BrownianTree of theirs is around
+        self.horizon = getattr(interval, "_start", -math.inf), getattr(interval, "_end", math.inf)
 
     def on(self, rows: Tensor | None) -> Foreign:
         """See `Paths.on`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import time
 from dataclasses import dataclass
 
@@ -16,14 +17,15 @@ from .equations import Coefficients
 from .field import full_precision
 from .findings import Finding, findings
 from .problem import Problem
+from .seen import seen
 from .solution import Solution
 from .solve import solve
 
 # What to do where another library, or none, makes the solves.
 _WRAP = (
-    "diagnose looks at solves that neuralde makes. Wrap the vector field, model = neuralde.NeuralODE(f, t, solver=..., "
-    'control="joint"), and call diagnose(model, z0); the layers of a torchdyn model it sees after '
-    'regularizers.attach(model, engine="neuralde")'
+    "diagnose looks at neuralde's solves, and at those of torchdiffeq and torchdyn that a penalty could be taken of: "
+    "import odeint from regularizers.torchdiffeq, or call regularizers.attach(model) for torchdyn's layers. Else make "
+    'a layer of the vector field: neuralde.NeuralODE(f, t, solver=..., control="joint")'
 )
 
 
@@ -116,12 +118,14 @@ def diagnose(model: nn.Module | Solution, *inputs, show: bool = True) -> Diagnos
     """Says where a model's solvers work hard, and which penalty or solver that suggests.
 
     The model is called once, without gradients, in the mode that it is in; its layers hold these solutions afterwards.
+    What torchdiffeq and torchdyn solve, where `regularizers` has them show it, is solved by neuralde too: by the same
+    method, to the same tolerances, with their step-size control: in about their steps.
     Every solve is made again, to see how long f takes in it; where it does not tell samples apart (joint control), or
     its method has no stiffness estimate, once more with what does.
 
     Args:
-        model: a model with neuralde layers inside, or a Solution. Of what other libraries solve, a layer made of its
-            vector field: `NeuralODE(f, t, solver=..., control="joint")`.
+        model: a model with neuralde layers inside, or solves of neuralde's, or of another library's odeint that was
+            imported from `regularizers.torchdiffeq`, or torchdyn's layers after `regularizers.attach`; or a Solution.
         *inputs: what the model is called with; a failing solve does not raise here.
         show: print the diagnosis.
 
@@ -129,8 +133,8 @@ def diagnose(model: nn.Module | Solution, *inputs, show: bool = True) -> Diagnos
         A `Diagnosis`.
 
     Raises:
-        TypeError: model is neither. ValueError: it has no layer that solves by neuralde, or none was called; or inputs
-            were given with a Solution.
+        TypeError: model is neither. ValueError: nothing was solved where it can be seen; or inputs were given with a
+            Solution.
     """
     if isinstance(model, Solution):
         if inputs:
@@ -148,30 +152,41 @@ def diagnose(model: nn.Module | Solution, *inputs, show: bool = True) -> Diagnos
 
 
 def _solutions(model: nn.Module, inputs: tuple) -> dict[str, Solution]:
-    """The solutions of one call, by the names of the layers."""
-    layers = {name: x for name, x in model.named_modules() if isinstance(getattr(x, "solve_options", None), dict)}
-    kept = {name: dict(layer.solve_options) for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.solution = None
-            layer.solve_options["on_failure"] = "ignore"
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for name, layer in layers.items():
-            layer.solve_options = kept[name]
+    """The solutions of one call, by the names of the layers, or of the vector fields where no layer holds them."""
+    modules = dict(model.named_modules())
+    with seen() as made, torch.no_grad():
+        model(*inputs)
     found = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         solution = getattr(module, "solution", None)
         # What torch.compile makes of a layer holds what the layer does.
-        if isinstance(solution, Solution) and not any(solution is one for one in found.values()):
+        if any(solution is one for one in made) and not any(solution is one for one in found.values()):
             found[name] = solution
+    held = {_identity(solution) for solution in found.values()}
+    others = {_identity(solution): solution for solution in made}  # of a vector field that is solved often, the last
+    for which, solution in others.items():
+        if which not in held:
+            f = _field(solution)
+            name = next((name for name, module in modules.items() if module is f), "")
+            name = name or getattr(f, "__name__", type(f).__name__)
+            found[name if name not in found else f"{name} ({len(found)})"] = solution
     if not found:
         name = type(model).__name__
-        if layers:
+        if any(isinstance(getattr(module, "solve_options", None), dict) for module in modules.values()):
             raise ValueError(f"no layer of {name} solved anything when the model was called")
-        raise ValueError(f"no neuralde layer that solves was found in {name}: {_WRAP}")
+        raise ValueError(f"nothing in {name} was solved where neuralde sees it: {_WRAP}")
     return found
+
+
+def _field(solution: Solution):
+    """The user's f of a solve."""
+    return inspect.unwrap(solution._problem.field.equation.f)
+
+
+def _identity(solution: Solution) -> tuple:
+    """By which two solves have one f; a method is another object whenever it is asked for."""
+    f = _field(solution)
+    return id(getattr(f, "__self__", f)), getattr(f, "__func__", None)
 
 
 class _Timed:
@@ -225,7 +240,7 @@ def _closer(solution: Solution) -> tuple[Solution, str | None]:
     for control in ("per_sample", "joint"):
         try:
             made = solve(p.field.equation, z0, ts, method, control=control, on_failure="ignore", **how)
-        except ValueError:  # f mixes samples: they can't be told apart
+        except (ValueError, TypeError, RuntimeError, IndexError):  # f mixes samples, or takes one t for all of them
             continue
         if control == "joint" and not blind:
             break

@@ -105,6 +105,12 @@ class SolveWarning(UserWarning):
     """A solve failed for some samples and `on_failure="warn"` was asked for."""
 
 
+class BiasWarning(UserWarning):
+    """The law of a solution of an SDE is off by more than its tolerances say: its noise is none that the method takes
+    adaptive steps with.
+    """
+
+
 _TYPES = {
     Status.STEP_SIZE_UNDERFLOW: StepSizeUnderflow,
     Status.NON_FINITE: NonFiniteState,

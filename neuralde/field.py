@@ -194,6 +194,8 @@ class Field:
         # The same kernels on the same shapes: what a sample gets is the same to the last digits, or it is mixed.
         if _differ(other[:-1], slope[:-1], 64 * torch.finfo(self.layout.dtype).eps):
             found = "f gives a sample another derivative when another sample changes"
+            if not any(map(len, self.layout.shapes)):
+                found += f"; z0 of shape [{len(z)}] is a batch of {len(z)} numbers, z0[None] is one sample of {len(z)}"
             raise ValueError(mixing_message(found, self._linearized))
         unchanged = transforms.physical(other[-1] == slope[-1])
         if not bool(unchanged.all()):  # an f that answers to nothing has not shown its independence

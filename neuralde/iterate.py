@@ -1,7 +1,8 @@
 """The loop of the iterations: as `discover`, for solvers without time, whose steps are neither rejected nor resized.
 
 What is left of an attempt is a move, an evaluation of f and a look at the residual: one function of tensors, `Iterate`,
-and one question to the device after it. `compiled.equilibrium` makes a program of that function.
+and one question to the device after it. `compiled.equilibrium` makes programs of that function and the loop around it,
+which make a `Stretch` of steps at a time.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ class Watched(NamedTuple):
     limit: Tensor
     first: Tensor | None
     scale: Tensor | None
+
+    def better(self, figure: Tensor, t: Termination) -> Tensor:
+        """Whose states are the ones to keep, [groups], at these residuals."""
+        return self.live & (figure < self.least if t.best else figure.isfinite())
+
+    def after(self, moved: Moved, t: Termination) -> Watched:
+        """The same after a step."""
+        least = torch.where(self.better(moved.figure, t), moved.figure, self.least)
+        return self._replace(live=self.live & ~moved.ended, least=least)
 
     def on(self, index: Tensor) -> Watched:
         """The same for some of the groups."""
@@ -107,17 +117,68 @@ class Iterate:
         return figure, ended, torch.stack([further, ended]).any(dim=1)
 
 
+class Stretch(NamedTuple):
+    """Steps of every sample: so many as were asked for, or until all have ended, or one was lost.
+
+    Attributes:
+        made: how many. z, slope, memory: after the last one. watched, ends: then.
+        figures: the residuals, [at least made, groups]. starts: where the steps began, [at least made, samples,
+            features], or None.
+    """
+
+    made: int
+    z: Tensor
+    slope: Tensor
+    memory: Memory
+    watched: Watched
+    ends: Ends
+    figures: Tensor
+    starts: Tensor | None
+
+
+class Ends(NamedTuple):
+    """What is known of those that have ended, and the best states of all.
+
+    Attributes:
+        at: after how many steps they have, [groups]. last: their residual then.
+        best: the states of the least residuals. before: where the step began that brought a sample to rest, [samples,
+            features] each.
+    """
+
+    at: Tensor
+    last: Tensor
+    best: Tensor
+    before: Tensor
+
+    def after(self, w: Watched, moved: Moved, start: Tensor, attempts: int | Tensor, t: Termination) -> Ends:
+        """The same after a step.
+
+        Args:
+            w: before it. start: where it began. attempts: how many there were with it. t: the termination.
+        """
+        settled = moved.ended & (moved.figure <= t.tolerance)
+        return Ends(
+            torch.where(moved.ended, attempts, self.at),
+            torch.where(w.live, moved.figure, self.last),
+            torch.where(w.better(moved.figure, t)[:, None], moved.z, self.best),
+            torch.where(settled[:, None], start, self.before),
+        )
+
+    def on(self, index: Tensor) -> Ends:
+        """The same for some of the groups."""
+        return Ends(*(x.index_select(0, index) for x in self))
+
+
 class Taken(NamedTuple):
     """A step as it is remembered.
 
     Attributes:
-        number: which one. rows: of these samples, None for all. live: which of them took it, [groups]; None for all.
-        z: where it began, None where that is not kept. residual: at its end, [groups].
+        number: which one. rows: of these samples, None for all. z: where it began, None where that is not kept.
+        residual: at its end, [groups].
     """
 
     number: int
     rows: Tensor | None
-    live: Tensor | None
     z: Tensor | None
     residual: Tensor
 
@@ -129,90 +190,109 @@ def applies(problem: Problem) -> bool:
 
 
 @torch.no_grad()
-def iterate(problem: Problem, z0: Tensor, slope: Tensor, step: Callable | None = None) -> Iterated:
+def iterate(problem: Problem, z0: Tensor, slope: Tensor, steps: Callable | None = None) -> Iterated:
     """Solves from z0.
 
     Args:
         problem: one that `applies`.
         z0: [batch, features], in the working dtype. slope: f(z0) - z0.
-        step: makes the steps after the first in place of `Iterate`: called as that, but with the field, and the time as
-            it takes it, in place of f. The batch is not compacted then.
+        steps: (z, slope, memory, `Watched`, `Ends`, how many steps were made, how many may be) -> `Stretch`; makes
+            them in place of `Iterate`, once there is a memory. The batch is not compacted then.
     """
-    return _Iterating(problem, z0, slope, step).run()
+    return _Iterating(problem, z0, slope, steps).run()
 
 
 class _Iterating:
-    def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, step: Callable | None):
+    def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, steps: Callable | None):
         self.problem, self.z0, self.solver = problem, z0, problem.solver
         self.rest, self.joint = problem.rest, problem.joint
         self.termination = self.rest.termination
         self.iterate = Iterate(self.solver, self.termination, self.joint)
-        self.step = step
+        self.steps = steps
         # Of the samples that are iterated.
         self.rows: Tensor | None = None
         self.field = problem.field
-        self.z, self.slope, self.memory = z0, slope.to(z0.dtype), None
+        self.z, self.slope = z0, slope.to(z0.dtype)
+        self.memory = None if steps is None else self.solver.start(self.z, self.slope)
         self.attempts = self.since = 0
         self.recent: collections.deque[Tensor] = collections.deque(maxlen=self.termination.patience or 1)
         self.taken: list[Taken] = []
-        # Of all.
         codes = self.rest.begin(z0, self.slope)
+        # Of all; groups are put down here when there is no way around it, or at the end.
         groups = problem.start.shape[0]
         self.final, self.status = z0, torch.zeros(groups, dtype=torch.int64, device=z0.device)
         self.accepted, self.attempted = torch.zeros_like(self.status), torch.zeros_like(self.status)
         self.work = self.status.new_zeros(2, groups)  # evaluations and linear solves of steps that differ in them
-        self.everyone = True  # whether nobody has left yet
-        self.left = groups
+        # Of those that are iterated: who has ended is not alive any more, and open until it was put down.
         started = self.rest.started or (None, None)
-        live = torch.ones(groups, dtype=torch.bool, device=z0.device)
-        self.watched = Watched(live, self.rest.least, self.rest.limit, *started)
-        self.best = z0
+        self.open = torch.ones(groups, dtype=torch.bool, device=z0.device)
+        self.watched = Watched(self.open, self.rest.least, self.rest.limit, *started)
+        self.ends = Ends(torch.zeros_like(self.status), self.rest.first, z0, z0)
+        self.left, self.untouched = groups, True  # whether nobody has been put down yet
         self._begin(codes)
 
     def _begin(self, codes: Tensor | None):
-        """Lets those go that are at rest from the start, or where f is not finite."""
-        lost = ~self.rest.first.isfinite()
-        if codes is None:
-            if not bool(lost.any()):
-                return
-            codes = torch.full_like(self.status, GOING)
-        self._leave(torch.where(lost, int(Status.NON_FINITE), codes), self.z)
+        """Ends those that are at rest from the start, or where f is not finite."""
+        live = self.rest.first.isfinite()
+        live = live if codes is None else live & (codes == GOING)
+        if not bool(live.all()):
+            self._end(self.watched._replace(live=live), None)
 
     def run(self) -> Iterated:
         while self.left and self.attempts < self.problem.max_steps:
             if self._worth_compacting():
                 self._compact()
-            self._attempt()
-        if self.left:
-            self._leave(torch.where(self.watched.live, int(Status.MAX_STEPS), GOING), self.z)
+            if self.steps is None or self.memory is None:
+                self._attempt()
+            else:
+                self._several()
+        spent = self.watched.live if self.left else None
+        if spent is not None:
+            self._end_now(spent)
+        self._put_down(spent, Status.MAX_STEPS)
         return Iterated(self)
 
     def _attempt(self):
         start, t = self.z, self._time()
         if self.memory is not None:
             self.memory = self.solver.room(self.memory)
-        if self.step is not None and self.memory is not None:
-            moved = self.step(self.field, t, self.z, self.slope, self.memory, self.watched)
-        else:
-            moved = self.iterate(functools.partial(self.field, t), self.z, self.slope, self.memory, self.watched)
-        self.z, self.slope, figure, ended, flags, self.memory, work = moved
+        moved = self.iterate(functools.partial(self.field, t), self.z, self.slope, self.memory, self.watched)
+        self.z, self.slope, self.memory = moved.z, moved.slope, moved.memory
         self.attempts += 1
-        live = None if self.everyone else self.watched.live
-        kept = start if self.problem.keep is None else None
-        self.taken.append(Taken(self.attempts - 1, self.rows, live, kept, figure))
-        if work is not None:
-            self._count(work)
-        stalled = None
+        self._remember(self.attempts - 1, start, moved.figure)
+        if moved.work is not None:
+            self._count(moved.work)
+        stalled = self._stalled(moved.figure)
+        further, any_ended = moved.flags.tolist()
+        whole = self.left == len(self.open)
+        if whole and not any_ended and stalled is None and not (further and self.termination.best):
+            # All states are the best ones: most steps are like this.
+            self.watched, self.ends = self.watched._replace(least=moved.figure), self.ends._replace(best=self.z)
+            return
+        self.ends = self.ends.after(self.watched, moved, start, self.attempts, self.termination)
+        watched = self.watched.after(moved, self.termination)
+        if any_ended or stalled is not None:
+            self._end(watched, stalled)
+        else:
+            self.watched = watched
+
+    def _several(self):
+        """Steps that are made without a look from here: the next one is where a stall is looked for."""
+        self.memory, before = self.solver.room(self.memory), self.attempts
+        most = [self.problem.max_steps - before, self.termination.unwatched(before), self.solver.lasts(self.memory)]
+        most = min(x for x in most if x is not None)
+        found = self.steps(self.z, self.slope, self.memory, self.watched, self.ends, before, most)
+        self.z, self.slope, self.memory, self.ends = found.z, found.slope, found.memory, found.ends
+        self.attempts += found.made
+        self.field.calls += found.made
+        for k in range(found.made):
+            self._remember(before + k, None if found.starts is None else found.starts[k], found.figures[k])
+        self._end(found.watched, self._stalled(found.ends.last))
+
+    def _remember(self, number: int, start: Tensor | None, figure: Tensor):
+        self.taken.append(Taken(number, self.rows, start if self.problem.keep is None else None, figure))
         if self.termination.patience is not None:
             self.recent.append(figure)
-            stalled = self._stalled(figure)
-        further, any_ended = flags.tolist()
-        if not (further and self.termination.best) and not any_ended and stalled is None:
-            self.best, self.watched = self.z, self.watched._replace(least=figure)
-            return
-        codes = self._judged(figure, ended, stalled)
-        if codes is not None:
-            self._leave(codes, start)
 
     def _time(self):
         """When f is evaluated at the step's end, as it takes it."""
@@ -222,57 +302,50 @@ class _Iterating:
         t = torch.full_like(start, (self.attempts + 1) * self.solver.step_size) + start
         return self.field.times(t if self.rows is None or self.joint else t.index_select(0, self.rows))[0]
 
-    def _judged(self, figure: Tensor, ended: Tensor, stalled: Tensor | None) -> Tensor | None:
-        """Keeps the best states, where not all of the last ones are; the codes of those that have ended, or None."""
-        w = self.watched
-        better = w.live & (figure < w.least if self.termination.best else figure.isfinite())
-        which = better.nonzero().flatten()
-        self.best = self._put(self.best, which, self.z)
-        self.watched = w._replace(least=torch.where(better, figure, w.least))
-        if stalled is not None:
-            ended = ended | stalled
-        if not bool(ended.any()):
-            return None
-        codes = torch.where(ended, int(Status.DIVERGED), GOING)
-        codes = codes if stalled is None else torch.where(stalled, int(Status.NOT_CONVERGED), codes)
-        codes = torch.where(ended & ~figure.isfinite(), int(Status.NON_FINITE), codes)
-        return torch.where(ended & (figure <= self.termination.tolerance), int(Status.SUCCESS), codes)
-
     def _stalled(self, figure: Tensor) -> Tensor | None:
         """Who has, [groups], at the steps at which it is looked for; None at the others."""
-        found = _termination.stalled(self.termination, self.recent, figure, self.attempts)
-        return None if found is None else found & self.watched.live
+        return _termination.stalled(self.termination, self.recent, figure, self.attempts)
 
-    def _put(self, whole: Tensor, which: Tensor, part: Tensor, rows: Tensor | None = None) -> Tensor:
-        """whole [samples, ...] with what part has of these groups. rows: where they are in whole, if elsewhere."""
-        if self.joint:
-            return part if len(which) else whole
-        return whole.index_copy(0, which if rows is None else rows, part.index_select(0, which))
+    def _end(self, watched: Watched, stalled: Tensor | None):
+        """Takes in who still goes on, and puts down who was lost or has stalled, [groups]."""
+        self.watched = watched
+        stalled = None if stalled is None else stalled & watched.live
+        if stalled is not None:
+            self._end_now(stalled)
+        lost = self.open & ~self.watched.live & ~(self.ends.last <= self.termination.tolerance)
+        # One look at the device for both.
+        self.left, lost = torch.stack([self.watched.live.sum(), lost.sum()]).tolist()
+        if lost:
+            self._put_down(stalled, Status.NOT_CONVERGED)
+            if self.left and not self.joint:
+                self._lend()
 
-    def _leave(self, codes: Tensor, start: Tensor):
-        """Lets groups go that have ended, wherever their code is one of `Status`. start: where their steps began."""
-        rest, live = self.rest, self.watched.live
-        which = (live & (codes != GOING)).nonzero().flatten()
-        if not len(which):
-            return
-        rows = which if self.rows is None else self.rows.index_select(0, which)
-        codes = codes.index_select(0, which)
-        fine = codes != Status.NON_FINITE
-        self.status = self.status.index_copy(0, rows, codes)
-        self.attempted = self.attempted.index_fill(0, rows, self.attempts)
+    def _end_now(self, which: Tensor):
+        """Ends those groups that go on and could, [groups]."""
+        self.ends = self.ends._replace(at=torch.where(which, self.attempts, self.ends.at))
+        self.watched = self.watched._replace(live=self.watched.live & ~which)
+
+    def _put_down(self, some: Tensor | None = None, status: Status | None = None):
+        """Puts down how the groups have ended that were not put down yet: `some` of them with this status."""
+        ended, rest = self.open & ~self.watched.live, self.rest
+        codes = torch.where(ended, int(Status.DIVERGED), GOING)
+        codes = codes if some is None else torch.where(some, int(status), codes)
+        codes = torch.where(ended & ~self.ends.last.isfinite(), int(Status.NON_FINITE), codes)
+        codes = torch.where(ended & (self.ends.last <= self.termination.tolerance), int(Status.SUCCESS), codes)
         # A step to where f is not finite is not accepted.
-        steps = self.attempts - (~fine).long() if self.attempts else torch.zeros_like(codes)
-        self.accepted = self.accepted.index_copy(0, rows, steps)
-        self.final = self._put(self.final, which, self.best, rows)
-        rest.residual = rest.residual.index_copy(0, rows, self.watched.least.index_select(0, which))
-        settled = which[codes == Status.SUCCESS]
-        if len(settled):
-            rest.before = self._put(rest.before, settled, start, rows[codes == Status.SUCCESS])
-        self.everyone = False
-        self.left -= len(which)
-        self.watched = self.watched._replace(live=live.index_fill(0, which, False))
-        if self.left and len(settled) < len(which) and not self.joint:
-            self._lend()
+        accepted = (self.ends.at - (codes == Status.NON_FINITE).long()).clamp(min=0)
+        found = codes, self.ends.at, accepted, self.watched.least
+        if self.untouched and self.rows is None and not bool(self.watched.live.any()):
+            self.status, self.attempted, self.accepted, rest.residual = found
+            self.final, rest.before = self.ends.best, self.ends.before
+        else:
+            which = ended.nonzero().flatten()
+            rows = which if self.rows is None else self.rows.index_select(0, which)
+            whole = (self.status, self.attempted, self.accepted, rest.residual, self.final, rest.before)
+            found = (*found, self.ends.best, self.ends.before)
+            put = (x.index_copy(0, rows, y.index_select(0, which)) for x, y in zip(whole, found, strict=True))
+            self.status, self.attempted, self.accepted, rest.residual, self.final, rest.before = put
+        self.open, self.untouched = self.open & ~ended, False
 
     def _lend(self):
         """Those that have ended go on as the first one that has not: a state to which f is not made is not seen."""
@@ -295,19 +368,20 @@ class _Iterating:
     def _worth_compacting(self) -> bool:
         return (
             not self.joint
-            and self.step is None
+            and self.steps is None
             and self.left <= _COMPACT_FRACTION * len(self.z)
             and self.attempts - self.since > _COMPACT_AFTER
             and self.problem.field.can_shrink()
         )
 
     def _compact(self):
+        self._put_down()
         staying = self.watched.live.nonzero().flatten()
         self.rows = staying if self.rows is None else self.rows.index_select(0, staying)
         self.field = self.problem.field.on(self.rows)
-        self.z, self.slope, self.best = (x.index_select(0, staying) for x in (self.z, self.slope, self.best))
+        self.z, self.slope, self.open = (x.index_select(0, staying) for x in (self.z, self.slope, self.open))
         self.memory = self.memory and self.memory.on(staying)
-        self.watched = self.watched.on(staying)
+        self.watched, self.ends = self.watched.on(staying), self.ends.on(staying)
         self.recent = collections.deque((x.index_select(0, staying) for x in self.recent), self.recent.maxlen)
         self.since = self.attempts
 
@@ -335,7 +409,8 @@ class Iterated(Trajectory):
             t, end = t + step.number * dt, t + (step.number + 1) * dt
             end = end.item() if self.problem.joint else end
             # The residual of a step to where f is not finite says that it was not accepted.
-            live = step.residual.isfinite() if step.live is None else step.live & step.residual.isfinite()
+            made = self._attempted if step.rows is None else self._attempted.index_select(0, step.rows)
+            live = (made > step.number) & step.residual.isfinite()
             if self.problem.joint and not bool(live):
                 continue
             accepted = None if step.rows is None and bool(live.all()) else live

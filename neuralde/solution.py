@@ -174,6 +174,13 @@ class Solution:
         return torch.utils._pytree.tree_map(lambda leaf: leaf[-1], self.zs)
 
     @property
+    def seed(self) -> int | None:
+        """That of an SDE's noise, drawn where none was given: with it and the same options, the same solution. None for
+        an ODE, and where the noise is not a `BrownianTree`'s.
+        """
+        return getattr(getattr(self._problem.field, "source", None), "seed", None)
+
+    @property
     def initial(self):
         """The state that the solve started from, in the structure of z0."""
         return self._problem.field.layout.unpack(self._z0)

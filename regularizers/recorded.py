@@ -129,6 +129,22 @@ def within(t: Tensor, dt: Tensor, end: Tensor) -> Tensor:
     return torch.where(beyond, torch.nextafter(dt, torch.zeros_like(dt)), dt)
 
 
+def shown(z, through: bool, taped: bool, source: str, others: str):
+    """A state of a solve, on its tape where `through` asks for it, else a constant.
+
+    Args:
+        z: the state. taped: whether it is on the tape. source: who made it. others: whose states are on the tape.
+
+    Raises:
+        ValueError: it is to be on the tape, and is not.
+    """
+    if through and not taped:
+        raise ValueError(
+            f"through_state=True can't be had of {source}: its states are not on the tape; those of {others} are"
+        )
+    return z if through else pytree.tree_map(torch.detach, z)
+
+
 class AllFailed(NonFiniteState):
     """No sample of a recorded solve is finite: a penalty of it is 0."""
 
@@ -138,7 +154,7 @@ class Recorded:
 
     Args:
         source: who made it, for messages.
-        places: the sampled point for each sampling, or why there is none.
+        places: the sampled point for each sampling, made when it is asked for, or why there is none.
         lens: lens(place, z, solver, figure, rows) -> the `Probe` of those rows from there, by that solver, or by the
             one that corresponds to the library's method where it has that figure (see `able`).
         end: the last state of the solve, a tensor or several.
@@ -151,10 +167,12 @@ class Recorded:
     copy or a pickle of it is None: it holds a graph, and belongs to one call.
     """
 
-    def __init__(self, source: str, places: dict[str, Place | str], lens: Callable[..., Probe], end):
+    def __init__(self, source: str, places: dict[str, Callable[[], Place] | str], lens: Callable[..., Probe], end):
         self.source, self._places, self._lens = source, places, lens
-        self._end = pytree.tree_map(lambda x: x.detach().clone(), end)  # a view would keep all outputs
-        like = pytree.tree_leaves(end)[0]
+        # (A view would keep all outputs. A tensor, the common case, is spared the walk through a structure.)
+        plain = isinstance(end, Tensor)
+        self._end = end.detach().clone() if plain else pytree.tree_map(lambda x: x.detach().clone(), end)
+        like = end if plain else pytree.tree_leaves(end)[0]
         self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
         self._states = {}  # what a place's state is as a constant: some are made when they are asked for
         self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
@@ -180,6 +198,8 @@ class Recorded:
         place = self._places[sampling]
         if isinstance(place, str):
             raise ValueError(f"sampling={sampling!r} can't be had of {self.source}: {place}")
+        if not isinstance(place, Place):
+            place = self._places[sampling] = place()
         return place
 
     def probe(self, sampling: str, through_state: bool = False, solver=None, figure: str | None = None) -> Probe:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchdiffeq
@@ -26,10 +27,11 @@ import neuralde as nde
 from neuralde import introspection
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
+from neuralde.seen import looked_at
 from neuralde.solve import untraced
 
 from .recomputed import hooked
-from .recorded import Keeping, Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
+from .recorded import Keeping, Passing, Place, Recorded, Skipped, able, draws, keep, sampled, shown, unwanted, within
 from .rows import Rows
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
@@ -57,10 +59,19 @@ class _Recording(Keeping):
         usable = usable and isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point()
         why = unwanted(func) if usable and len(t) > 1 else "at a single time"
         if not usable or why is not None:
+            if usable and looked_at():
+                self._show(func, y0, t, kwargs)
             result = self.__wrapped__(func, y0, t, **kwargs)
             self._last.solution = keep(Skipped(f"torchdiffeq.{self.__name__}", likes[0], why)) if usable else None
             return result
         return untraced(_Recording._watched)(self, func, y0, t, kwargs)
+
+    def _show(self, func, y0, t: Tensor, kwargs: dict):
+        """Has neuralde make the solve too, for who looks at its solves, where it has the method."""
+        known = (kwargs.get("method") or "dopri5") in interop.SOLVERS
+        if known and len(t) > 1 and kwargs.get("event_fn") is None:
+            how = {name: kwargs[name] for name in ("rtol", "atol", "method", "options") if name in kwargs}
+            interop.solution(func, y0, t, **how)
 
     def _watched(self, func, y0, t, kwargs: dict):
         result, solution = _Solve(self.__wrapped__, self._adjoint, func, y0, t, kwargs).run()
@@ -119,7 +130,8 @@ class _Solve:
             why = f"method {self.method!r} is not known here"
             places = {"unbiased": why, "biased": why}
         ys = result if self.kwargs.get("event_fn") is None else result[1]
-        return result, Recorded(self.source, places, self._lens, pytree.tree_map(lambda y: y[-1], ys))
+        end = ys[-1] if isinstance(ys, Tensor) else pytree.tree_map(lambda y: y[-1], ys)
+        return result, Recorded(self.source, places, self._lens, end)
 
     def _call(self, func, t: Tensor, changed: dict):
         kwargs = {**self.kwargs, **changed}
@@ -145,14 +157,14 @@ class _Solve:
                 first = int((self.direction * (t - at) <= 0).sum()) - 1
                 passing.around = t[first], pytree.tree_map(lambda y: y[first], result), None
             start = passing.around
-            unbiased = self._place(at, start[2], t[-1], lambda through: self._state(start, at, through))
+            unbiased = partial(self._place, at, start[2], t[-1], lambda through: self._state(start, at, through))
         else:
             result, state = self._with_output(func, at)
             step = passing.around[2]
-            unbiased = self._place(at, step, t[-1], lambda through: state if through else _constant(state))
+            unbiased = partial(self._place, at, step, t[-1], lambda through: self._shown(state, through))
         if passing.uniform is None:
             return result, {"unbiased": unbiased, "biased": "its steps are SciPy's, and shown to nobody"}
-        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform, t[-1])}
+        return result, {"unbiased": unbiased, "biased": partial(self._start_of, passing.uniform, t[-1])}
 
     def _with_output(self, func, at: Tensor) -> tuple[object, object]:
         """(the result at the times asked for, the state at one more). That moves no step, and changes no other bit."""
@@ -160,7 +172,7 @@ class _Solve:
         before = int((self.direction * (t.detach() - at) <= 0).sum())
         if bool(t.detach()[before - 1] == at):
             result = self._call(func, t, {})
-            return result, pytree.tree_map(lambda y: y[before - 1], result)
+            return result, _row(result, before - 1)
         options = self.options
         if not self.adaptive and options.get("step_size") is None:
             # The steps are those between the times asked for, or made from them.
@@ -171,7 +183,7 @@ class _Solve:
         changed = {"options": options} if options is not self.options else {}
         ys = self._call(func, torch.cat([t[:before], at.reshape(1), t[before:]]), changed)
         others = pytree.tree_map(lambda y: torch.cat([y[:before], y[before + 1 :]]), ys)
-        return others, pytree.tree_map(lambda y: y[before], ys)
+        return others, _row(ys, before)
 
     # -- to an event -----------------------------------------------------------------------------------------------
 
@@ -188,8 +200,8 @@ class _Solve:
             why = "the event takes place at the start" if self.stepwise else f"method {self.method!r} shows no steps"
             return result, {"unbiased": why, "biased": why}
         at, start = self.t.detach().new_tensor(t), passing.around
-        unbiased = self._place(at, start[2], end, lambda through: self._state(start, at, through))
-        return result, {"unbiased": unbiased, "biased": self._start_of(passing.uniform, end)}
+        unbiased = partial(self._place, at, start[2], end, lambda through: self._state(start, at, through))
+        return result, {"unbiased": unbiased, "biased": partial(self._start_of, passing.uniform, end)}
 
     # -- what was seen ---------------------------------------------------------------------------------------------
 
@@ -220,14 +232,10 @@ class _Solve:
 
     def _start_of(self, step: tuple, end: Tensor) -> Place:
         t, y, dt = step
-        return self._place(t.detach(), dt, end, lambda through: self._taped(y, through))
+        return self._place(t.detach(), dt, end, lambda through: self._shown(y, through))
 
-    def _taped(self, y, through: bool):
-        if through and self.adjoint:
-            raise ValueError(
-                f"through_state=True can't be had of {self.source}: its states are not on the tape; those of odeint are"
-            )
-        return y if through else _constant(y)
+    def _shown(self, y, through: bool):
+        return shown(y, through, not self.adjoint, self.source, "odeint")
 
     def _state(self, start: tuple, at: Tensor, through: bool):
         """The solution inside of a step, which torchdiffeq makes once more: its own interpolant has the state there.
@@ -235,7 +243,7 @@ class _Solve:
         Of SciPy's solver no step is known, and torchdiffeq solves on from the last output before.
         """
         t, y, dt = start
-        y = self._taped(y, through)
+        y = self._shown(y, through)
         if bool(t == at):
             return y
         options, times = dict(self.options), [t.detach(), at]
@@ -299,8 +307,9 @@ class _Ends:
         return self.event_fn(t, y)
 
 
-def _constant(y):
-    return pytree.tree_map(torch.detach, y)
+def _row(ys, i: int):
+    """A state among the outputs, which a view of it would keep all."""
+    return pytree.tree_map(lambda y: y[i].clone(), ys)
 
 
 def _parameters(func: nn.Module) -> tuple[Tensor, ...]:

@@ -7,10 +7,11 @@ torchdyn is not imported: whoever has one of its layers has done so.
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import random
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ import neuralde as nde
 from neuralde import introspection, solvers
 from neuralde.interop import torchdiffeq as interop
 from neuralde.introspection import Probe
+from neuralde.seen import looked_at
 from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, shown, unwanted, within
 from .rows import Rows
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
@@ -44,7 +46,7 @@ def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
     made = []
     for layer in model.modules():
         if isinstance(layer, core.NeuralODE):
-            call = _Watched if engine is None else functools.partial(_Swapped, solve_options=solve_options)
+            call = _Watched if engine is None else partial(_Swapped, solve_options=solve_options)
         elif isinstance(layer, core.NeuralSDE):
             if engine is not None:
                 raise ValueError(f"{type(layer).__name__}: engine={engine!r} can make the solves of a NeuralODE only")
@@ -55,6 +57,7 @@ def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
     for layer, forward, trajectory in made:  # all or none
         # Attributes of the object go before those of its class, and are copied and pickled with it.
         layer.forward, layer.trajectory, layer.solution = forward, trajectory, None
+        layer._replicate_for_data_parallel = _Replicated(layer, "_replicate_for_data_parallel")
         if not isinstance(forward, _WatchedSDE):
             layer.draw_times = getattr(layer, "draw_times", None)  # see `Steer`
     return bool(made)
@@ -85,6 +88,12 @@ class _Call:
         """What the layer's class does."""
         return getattr(type(self.layer), self.name)(self.layer, *args, **kwargs)
 
+    def of(self, layer: nn.Module) -> _Call:
+        """The same of another layer."""
+        call = copy.copy(self)
+        call.layer = layer
+        return call
+
     def times(self, t_span: Tensor | None, save_at) -> Tensor | None:
         """A NeuralODE's t_span, or what `Steer` draws in its place in training mode."""
         layer = self.layer
@@ -100,6 +109,18 @@ class _Call:
         return layer.draw_times(t_span)
 
 
+class _Replicated(_Call):
+    """How nn.DataParallel copies a layer: the copy's calls are watched as its own, and it holds its own solution."""
+
+    def made(self):
+        """The copy."""
+        replica = self.original()
+        for name, call in list(vars(replica).items()):
+            if isinstance(call, _Call):
+                vars(replica)[name] = call.of(replica)
+        return replica
+
+
 class _Watched(_Call):
     """forward or trajectory of a NeuralODE, watched."""
 
@@ -111,6 +132,10 @@ class _Watched(_Call):
         t_span = self.times(t_span, args[0] if args else kwargs.get("save_at", ()))
         why = unwanted(layer)
         if why is not None:
+            if looked_at():  # neuralde makes it too, for who looks at its solves, with torchdyn's controller
+                beta1 = 1 / method_of(layer.solver).order
+                control = nde.StepControl(per_sample=False, factor_min=0.2, factor_max=10.0, beta1=beta1, beta2=0.0)
+                _Swapped(layer, self.name, {"control": control}).made(x, t_span, *args, **kwargs)
             result = self.original(x, t_span, *args, **kwargs)
             layer.solution = keep(Skipped("torchdyn's NeuralODE", like, why))
             return result
@@ -202,33 +227,29 @@ class _Solve:
         """What a penalty takes of the solve with those outputs."""
         around, uniform = self.passing.around, self.passing.uniform
         places = {
-            "unbiased": self._place(self.at, around[2], lambda through: self._inside(around, through)),
-            "biased": self._place(uniform[0], uniform[2], lambda through: self._constant(uniform[1][0], through)),
+            "unbiased": partial(self._place, self.at, around[2], lambda through: self._inside(around, through)),
+            "biased": partial(self._place, uniform[0], uniform[2], lambda through: self._shown(uniform[1][0], through)),
         }
         return Recorded(
             f"torchdyn's NeuralODE ({type(self.solver).__name__})",
             places,
             self._lens,
-            pytree.tree_map(lambda z: z[-1], zs),
+            zs[-1] if isinstance(zs, Tensor) else pytree.tree_map(lambda z: z[-1], zs),
         )
 
     def _place(self, t: Tensor, dt: Tensor, state) -> Place:
         t, dt = t.detach().reshape(()), dt.detach().reshape(())
         return Place(self.direction * t, self.direction * within(t, dt, self.end), state)
 
-    def _constant(self, x, through: bool):
-        if through and not self.taped:
-            raise ValueError(
-                f"through_state=True can't be had with sensitivity={self.layer.sensitivity!r}, whose states are not on "
-                'the tape; those of "autograd" are'
-            )
-        return x if through else pytree.tree_map(torch.detach, x)
+    def _shown(self, x, through: bool):
+        source = f"torchdyn's NeuralODE with sensitivity={self.layer.sensitivity!r}"
+        return shown(x, through, self.taped, source, 'sensitivity="autograd"')
 
     def _inside(self, start: tuple, through: bool):
         """The state inside of a step, by the interpolant of its method, or by a shorter step, torchdyn's own way."""
         t, (x, k1, taped, *stages), dt = start
         # torchdyn's steps are functions of the state: where a step starts moves with it, and the sampled time does not.
-        x, (t, dt) = self._constant(x, through), taped if through else (t, dt)
+        x, (t, dt) = self._shown(x, through), taped if through else (t, dt)
         part = (self.at - t).reshape(t.shape)
         if not bool(part > 0):
             return x

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchsde
@@ -26,7 +27,7 @@ from neuralde.control import rms
 from neuralde.introspection import Probe
 from neuralde.solve import untraced
 
-from .recorded import Keeping, Passing, Place, Recorded, Skipped, able, draws, keep, sampled, unwanted, within
+from .recorded import Keeping, Passing, Place, Recorded, Skipped, able, draws, keep, sampled, shown, unwanted, within
 from .rows import Rows
 
 __all__ = ["sdeint", "sdeint_adjoint"]
@@ -160,12 +161,12 @@ class _Watch:
             def inside(through):
                 # As torchsde has its outputs, by linear interpolation.
                 part = ((self.at - start) / dt).to(z[0].dtype)
-                a, b = (self._constant(x, through) for x in z)
+                a, b = (self._shown(x, through) for x in z)
                 return torch.lerp(a, b, part.clamp(0.0, 1.0))
 
             places = {
-                "unbiased": self._place(self.at, dt, inside),
-                "biased": self._place(first, whole, lambda through: self._constant(states[0], through)),
+                "unbiased": partial(self._place, self.at, dt, inside),
+                "biased": partial(self._place, first, whole, lambda through: self._shown(states[0], through)),
             }
         return Recorded(self.source, places, self._lens, end)
 
@@ -173,12 +174,8 @@ class _Watch:
         t = torch.as_tensor(t).to(self.end)
         return Place(t, within(t, torch.as_tensor(dt).to(t), self.end), state)
 
-    def _constant(self, y: Tensor, through: bool) -> Tensor:
-        if through and not self.taped:
-            raise ValueError(
-                f"through_state=True can't be had of {self.source}: its states are not on the tape; those of sdeint are"
-            )
-        return y if through else y.detach()
+    def _shown(self, y: Tensor, through: bool) -> Tensor:
+        return shown(y, through, self.taped, self.source, "sdeint")
 
     def _lens(self, place: Place, y: Tensor, solver, figure: str | None, rows: Rows) -> Probe:
         if not able(_Estimate, figure) or not (solver is None or solver in _METHODS):

@@ -52,7 +52,7 @@ def solved(module, function, f, t=TIMES["forwards"], y0=None, **how):
     return y, f.calls
 
 
-def check_gradient(penalty, solution, parameters):
+def check_gradient(penalty, solution, parameters, step=1e-4):
     """The penalty's gradient along a random direction, against finite differences: its time and its step are fixed."""
     direction = [torch.randn_like(p) for p in parameters]
     found = torch.autograd.grad(penalty(solution), parameters, allow_unused=True)
@@ -67,7 +67,6 @@ def check_gradient(penalty, solution, parameters):
                 p -= by * d
         return value
 
-    step = 1e-4
     expected = (8 * (moved(step) - moved(-step)) - moved(2 * step) + moved(-2 * step)) / (12 * step)
     assert float(slope.abs()) > 0
     close(slope, expected, 1e-6)

@@ -235,6 +235,15 @@ def test_gradients_through_the_state():
         reg.LocalError(through_state=True)(adapter.odeint_adjoint.solution)
 
 
+def test_a_sampled_state_keeps_no_other_output():
+    y0, t = start(), torch.linspace(0.0, 1.0, 50, dtype=torch.float64)
+    adapter.odeint(Net(), y0, t, **LOOSE)
+    for sampling in ("unbiased", "biased"):
+        for through in (True, False):
+            state = adapter.odeint.solution.place(sampling).state(through)
+            assert state.untyped_storage().nbytes() == y0.untyped_storage().nbytes()
+
+
 def test_unbiased_times_are_uniform_and_biased_ones_uniform_over_steps():
     weight = torch.tensor(3.0, requires_grad=True)
     with reg.record() as solutions:

@@ -1,7 +1,5 @@
 """torchdyn's layers after `regularizers.attach`: their results to the bit, what a penalty takes, and another engine."""
 
-# ruff: noqa: NPY002  (torchsde draws its seeds from numpy's global generator)
-
 from __future__ import annotations
 
 import contextlib
@@ -10,16 +8,17 @@ import io
 import pickle
 import random
 
-import numpy as np
 import pytest
 import torch
 from adapters import check_gradient
 from helpers import close, refused
+from programs import neural_sde
 from torch import nn
 
 import neuralde as nde
 import regularizers as reg
 from regularizers import recorded
+from regularizers.recorded import Recorded
 from regularizers.torchdyn import _Eye
 
 # torchdyn takes seconds to import: only where these tests run.
@@ -286,8 +285,9 @@ def test_what_a_black_box_cannot_give_and_the_engine_that_can():
             nde.diagnose(model[0].solution)
         with refused(TypeError, "GlobalError", "neuralde's", 'attach(model, engine="neuralde")'):
             reg.GlobalError()(model)
-        with refused(ValueError, "no neuralde layer", 'engine="neuralde"'):
-            nde.diagnose(model, x)
+        (seen,) = nde.diagnose(model, x, show=False).layers
+        model[0](x)
+        assert seen.name == "0.vf" and len(seen.solution.status) == len(x) and isinstance(model[0].solution, Recorded)
         reg.attach(model, engine="neuralde")
         ours = model[0](x, span)
         close(ours, theirs, tolerance)
@@ -322,101 +322,31 @@ def test_the_engines_options():
         reg.attach(3)
 
 
-def test_classification_tutorial():
-    """Two rings, a data-controlled NeuralODE with the adjoint, and a linear layer: torchdyn's first tutorial."""
-
-    def trained(attached):
-        torch.manual_seed(0)
-        angle = torch.rand(64) * 6.3
-        y = torch.arange(64) % 2
-        x = torch.stack([angle.cos(), angle.sin()], dim=1) * (1.0 + y)[:, None]
-        f = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
-        with contextlib.redirect_stdout(io.StringIO()):
-            ode = core.NeuralODE(f, sensitivity="adjoint", solver="dopri5", atol=1e-3, rtol=1e-3)
-        model = nn.Sequential(ode, nn.Linear(2, 2))
-        penalty = reg.LocalStiffness(weight=0.1) if attached else None
-        if attached is not None:
-            reg.attach(model)
-        descent = torch.optim.Adam(model.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(3):
-            _, zs = model[0](x, torch.linspace(0, 1, 2))
-            loss = nn.functional.cross_entropy(model[1](zs[-1]), y)
-            losses.append(float(loss))
-            if penalty is not None:
-                extra = penalty(model)
-                assert bool(extra > 0)
-                loss = loss + extra
-            descent.zero_grad()
-            loss.backward()
-            descent.step()
-        return losses
-
-    plain, watched, regularized = trained(None), trained(False), trained(True)
-    assert plain == watched and regularized[0] == plain[0] and regularized[-1] != plain[-1]
-
-
-@pytest.fixture
-def _neural_sde(monkeypatch):
-    """NeuralSDE as its own code means it: in torchdyn 1.0.6 its base class can't be made."""
-
-    def init(self, func, order, sensitivity, s_span, solver, atol, rtol):
-        nn.Module.__init__(self)
-        self.defunc, self.order, self.sensitivity, self.s_span = func, order, sensitivity, s_span
-        self.solver, self.atol, self.rtol = solver, atol, rtol
-
-    problems = pytest.importorskip("torchdyn.core.problems")
-    monkeypatch.setattr(problems.SDEProblem, "__init__", init)
-
-
-class WithArgs(nn.Module):
-    """torchdyn's SDEFunc hands on an argument that no layer of torch's takes."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, args):
-        return self.net(x)
-
-
 @pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
-def test_neural_sde_tutorial(_neural_sde, sensitivity):
-    """A NeuralSDE with diagonal noise between two linear layers: torchdyn's tutorial on them."""
-
-    def trained(weight):
-        np.random.seed(0)
-        torch.manual_seed(0)
-        drift, diffusion = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), nn.Linear(2, 2)
-        sde = core.NeuralSDE(
-            WithArgs(drift), WithArgs(diffusion), "diagonal", "ito", sensitivity=sensitivity, solver="euler", ds=0.05
-        )
-        model = nn.Sequential(sde, nn.Linear(2, 1))
-        if weight is not None:
-            reg.attach(model)
-        penalty, x = reg.LocalError(weight=weight or 0.0, scaled=False), torch.randn(16, 2)
-        descent, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
-        for _ in range(3):
-            loss = (model(x) - x.prod(dim=1, keepdim=True)).square().mean()
-            losses.append(float(loss))
-            descent.zero_grad()
-            if weight:
-                extra = penalty(model)
-                assert bool(extra > 0)
-                loss = loss + extra
-            loss.backward()
-            descent.step()
-        return losses, model
-
-    plain, (watched, model), (regularized, _) = trained(None)[0], trained(0.0), trained(1.0)
-    assert plain == watched and regularized[0] == plain[0] and regularized[-1] != plain[-1]
-    model(start().float())
+def test_neural_sdes(sensitivity):
+    model = neural_sde(sensitivity, True, torch.float64).model
+    model(start())
     place = model[0].solution.place("biased")
     assert abs(float(place.dt) - 0.05) < 1e-3
     with refused(ValueError, "NeuralSDE", "engine='neuralde'"):
         reg.attach(model, engine="neuralde")
-    path = model[0].trajectory(start().float(), torch.linspace(0, 1, 3))
+    path = model[0].trajectory(start(), torch.linspace(0, 1, 3, dtype=torch.float64))
     assert path.shape == (3, 6, 2) and bool(reg.LocalError(through_state=True)(model) > 0)
     model.eval()
-    model(start().float())
+    model(start())
     assert float(reg.LocalError()(model)) == 0.0
+
+
+@pytest.mark.parametrize("engine", [None, "neuralde"])
+def test_replicas_of_data_parallel_are_watched_as_themselves(engine):
+    """What nn.DataParallel makes of a layer on every device: a copy whose parameters are attributes."""
+    ours = reg.attach(layer(), engine=engine)
+    replica = ours._replicate_for_data_parallel()
+    replica._modules["vf"] = copy.deepcopy(ours.vf)
+    z = replica(start(), SPANS["forwards"])[1]
+    assert ours.solution is None and replica.solution is not None
+    value = z[-1].square().sum() + reg.LocalStiffness()(replica)
+    assert all(g is None for g in gradients(value, ours))
+    assert any(g is not None and bool(g.any()) for g in gradients(value, replica.vf))
+    # Its own copies are its own too, and the layer's calls still the layer's.
+    assert replica.forward.layer is replica and ours.forward.layer is ours

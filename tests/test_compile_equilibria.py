@@ -95,6 +95,34 @@ def test_a_compiled_equilibrium_is_the_same(silent, solver, control):
         close(*(z[[0, 1, 3, 4, 5]] for z in found), 1e-11)
 
 
+@COMPILER
+@pytest.mark.slow
+def test_loops_that_may_overwrite_nothing_do_the_same(silent, monkeypatch):
+    """Those of torch's older versions: what an iteration remembers goes through them."""
+    monkeypatch.setattr("neuralde.compiled.programs._may_overwrite", lambda: False)
+    compiled, eager = layers("anderson", "per_sample")
+    x = inputs()
+    found = [layer(x) for layer in (compiled, eager)]
+    close(*found, 1e-11)
+    wanted = [*compiled.f.parameters(), x]
+    for mine, theirs in zip(*(torch.autograd.grad(z.square().sum(), wanted) for z in found), strict=True):
+        close(mine, theirs, 1e-10)
+
+
+@COMPILER
+@pytest.mark.slow
+def test_compiled_steps_are_kept_as_others(silent):
+    f, x = Map(), inputs()
+    how = {"args": x, "solver": "anderson", "dense": True, "rtol": 1e-12, "atol": 1e-12}
+    mine, theirs = (
+        nde.solve(nde.SteadyState(f), torch.zeros_like(x), compile=compile, **how) for compile in (True, False)
+    )
+    assert int(mine.depth.max()) > 1 and mine.stats.function_calls == theirs.stats.function_calls
+    if torch.equal(mine.depth, theirs.depth):
+        close(mine.steps.z, theirs.steps.z, 1e-10)
+    close(mine.steps.residual[:3], theirs.steps.residual[:3], 1e-8)
+
+
 def test_compile_reaches_the_layer():
     model = nn.Sequential(nn.Linear(2, 2), nde.DeepEquilibrium(nn.Identity(), solver="anderson"))
     assert nde.compile(model)[1].solve_options["compile"] is True

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from helpers import ADJOINTS, CONTROLS, SOLVERS, options, refused
+from helpers import ADJOINTS, CONTROLS, SOLVERS, close, options, refused
 from problems import van_der_pol
 from torch import nn
 
 import neuralde as nde
+import regularizers as reg
 from neuralde.experiments import cli
 from neuralde.findings import find_jump
 
@@ -84,7 +85,14 @@ TROUBLES = {
         ["rejections"],
         ["smooth activation"],
     ),
-    "one slow sample": (turning, ones(5, 2), (0.0, 3.0), {"args": RATES}, ["slow samples"], ["look at these"]),
+    "one slow sample": (
+        turning,
+        ones(5, 2),
+        (0.0, 3.0),
+        {"args": RATES},
+        ["slow samples", "tolerance"],
+        ["look at these"],
+    ),
     "one slow sample, joint": (
         turning,
         ones(5, 2),
@@ -209,7 +217,7 @@ def test_slow_f_and_cheap_f():
 def test_bad_input():
     with refused(TypeError, "Module or a Solution", "function", "NeuralODE(f"):
         nde.diagnose(lambda x: x, torch.ones(2, 1))
-    with refused(ValueError, "no neuralde layer", "Linear", "NeuralODE(f", 'control="joint"', 'engine="neuralde"'):
+    with refused(ValueError, "nothing in Linear", "regularizers.torchdiffeq", "attach(model)", "NeuralODE(f"):
         nde.diagnose(nn.Linear(1, 1), torch.ones(2, 1))
     idle = nn.Sequential(nn.Linear(1, 1))
     idle[0].inner = nde.NeuralODE(nn.Linear(1, 1))
@@ -217,6 +225,92 @@ def test_bad_input():
         nde.diagnose(idle, torch.ones(2, 1))
     with refused(ValueError, "no inputs"):
         nde.diagnose(nde.solve(nde.ODE(lambda t, z: -z), torch.ones(2, 1), (0.0, 1.0)), torch.ones(2, 1))
+
+
+# -- what others solve -------------------------------------------------------------------------------------------------
+
+
+class Turning(nn.Module):
+    """A vector field that counts its evaluations, as in torchdiffeq's examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.nfe = nn.Linear(2, 2, bias=False).double(), 0
+        with torch.no_grad():
+            self.net.weight.copy_(torch.tensor([[-0.1, 8.0], [-8.0, -0.1]]))
+
+    def forward(self, t, y):
+        self.nfe += 1
+        return self.net(y)
+
+
+class Theirs(nn.Module):
+    """A program of another library's user: solve(f, y)."""
+
+    def __init__(self, solve):
+        super().__init__()
+        self.f, self.solve = Turning(), solve
+
+    def forward(self, y):
+        return self.solve(self.f, y)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
+def test_a_program_of_torchdiffeqs(method):
+    """Line one, and diagnose sees what torchdiffeq solves, in about its steps (the last ones share what is left)."""
+    torchdiffeq, adapter = pytest.importorskip("torchdiffeq"), reg.torchdiffeq
+    how = {"rtol": 1e-5, "atol": 1e-5, "method": method, "options": {"step_size": 0.05} if method == "rk4" else {}}
+
+    def model(odeint):
+        times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+        return Theirs(lambda f, y: odeint(f, y, times, **how)[-1])
+
+    theirs = model(torchdiffeq.odeint)
+    y = torch.randn(4, 2, dtype=torch.float64)
+    expected = theirs(y)
+    for odeint in (adapter.odeint, adapter.odeint_adjoint):
+        ours = model(odeint)
+        found = nde.diagnose(ours, y, show=False)
+        assert [layer.name for layer in found.layers] == ["f"]
+        assert found.layers[0].nfe == pytest.approx(theirs.f.nfe, rel=0.1) and len(found.layers[0].hardest) == 4
+        # The same equation: rk4's steps are equal, the others are to the tolerance.
+        close(found.layers[0].solution.final, expected, 1e-12 if method == "rk4" else 5e-3)
+        if method != "rk4":
+            assert any("LocalError" in finding.advice for finding in found.findings)
+        # Afterwards all is as before.
+        assert torch.equal(ours(y), expected)
+    with refused(ValueError, "nothing in Theirs", "regularizers.torchdiffeq"):
+        nde.diagnose(theirs, y)
+
+
+def test_solves_of_a_program_by_the_names_of_their_fields():
+    """Of one that is solved again and again the last solve; what is one sample, and what has no batch."""
+    adapter, t = reg.torchdiffeq, torch.tensor([0.0, 1.0])
+    f, g = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"f": f})
+            self.layer = nde.NeuralODE(nn.Linear(2, 2))
+
+        def forward(self, y):
+            once = adapter.odeint(self.by_f, y, t)
+            y = adapter.odeint(self.inner["f"] if once is None else self.by_f, once[-1], t)[-1]
+            y, _ = adapter.odeint(self.pair, (y, y[:, :1]), t, rtol=1e-3, atol=1e-3)
+            with torch.no_grad():
+                nde.solve(nde.ODE(lambda t, y: g(y)), y[-1], (0.0, 1.0))
+            return self.layer(y[-1])
+
+        def by_f(self, t, y):
+            return self.inner["f"](y)
+
+        def pair(self, t, y):
+            return f(y[0]), y[1]
+
+    found = nde.diagnose(Model(), torch.randn(3, 2), show=False)
+    names = {layer.name: len(layer.solution.status) for layer in found.layers}
+    assert names == {"layer": 3, "by_f": 3, "pair": 1, "<lambda>": 3}
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,11 @@ def test_recipe_runs(name, given, variants, tmp_path, capsys):
     assert [row["model"] for row in found["rows"]] == list(variants)
     for row in found["rows"]:
         assert row["nfe"] >= 8 and row["training_seconds"] > 0 and row["prediction_seconds"] > 0
-    assert any(x["holds"] is not None for x in found["findings"])
+    if name == "spiral-sde":  # shorter than the thesis'
+        assert all(x["holds"] is None for x in found["findings"])
+        assert sum(x["text"].startswith("not judged at this length") for x in found["findings"]) == 2
+    else:
+        assert any(x["holds"] is not None for x in found["findings"])
     assert (tmp_path / "result.png").stat().st_size > 10_000
     assert f"neuralde run {name} --" in (tmp_path / "result.md").read_text()
 

@@ -149,7 +149,11 @@ class _Linear(AtRest):
                 slope = f(z)
         if not slope.requires_grad:
             return
-        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps, engine)
+        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps)
+        if engine is not None and rows is None:
+            tape.costate = functools.partial(
+                engine.costate, field=problem.field, t=outcome.trajectory.reached, z=z.detach()
+            )
         own = _Attach.apply(slope, z.detach(), tape)
         outcome.final = own if rows is None else final.index_copy(0, rows, own)
         outcome.backward = functools.partial(tape.work, len(final))
@@ -163,21 +167,14 @@ class Tape:
     """One evaluation of g(z) = f(z) - z at the steady state, and what went backwards through it.
 
     Attributes:
-        rows: the samples, None for all. eps: the precision that f computes in. engine: of compiled programs, or None.
+        rows: the samples, None for all. eps: the precision that f computes in.
+        costate: solves for the costate by a compiled program, or None: see `EquilibriumEngine.costate`.
         found: of the last backward pass, or None.
     """
 
-    def __init__(
-        self,
-        adjoint: _Linear,
-        slope: Tensor,
-        z: Tensor,
-        rows: Tensor | None,
-        eps: float,
-        engine: EquilibriumEngine | None,
-    ):
+    def __init__(self, adjoint: _Linear, slope: Tensor, z: Tensor, rows: Tensor | None, eps: float):
         self.adjoint, self.slope, self.z, self.rows, self.eps = adjoint, slope, z, rows, eps
-        self.engine = engine
+        self.costate: Callable[[Problem, Tensor], Trajectory | None] | None = None
         self.found: LinearSolve | None = None
 
     def product(self, u: Tensor) -> Tensor:
@@ -310,8 +307,7 @@ class Implicit(_Linear):
             keep=0,
             rest=rest,
         )
-        engine = tape.engine
-        trajectory = (engine and engine.costate(problem, start, right)) or iterate(problem, start, right)
+        trajectory = (tape.costate and tape.costate(problem, right)) or iterate(problem, start, right)
         x = torch.where(finite, trajectory.final, v)
         return LinearSolve(x, trajectory.counts.nfe, rest.residual, trajectory.status == 0)
 

@@ -52,7 +52,7 @@ def require(adjoint, equation: SDE, per_sample: bool) -> None:
             "adjoint='backsolve' of an SDE is torchsde's, which has one time for the whole batch: pass "
             f"control='joint' (or StepControl(per_sample=False, adaptive=False) with dt0), {exact}"
         )
-    if repr(adjoint) != "Backsolve()":
+    if vars(adjoint) != vars(type(adjoint)()):
         raise ValueError(
             f"the options of {adjoint!r} are of the backward solve of an ODE; that of an SDE makes the steps of the "
             f"solve again, from the last to the first: pass adjoint='backsolve', {exact}"

@@ -1,9 +1,9 @@
 """Solves as compiled programs: `solve(compile=True)`.
 
-`programs` compiles functions with loops in them, and knows what they may be given; `engine` remembers what was compiled
-for an f. Each kind of solve has an engine of its own. `stepping` has what solves in steps have in common, `runge_kutta`
-the explicit Runge-Kutta methods, `sde` the SDEs, with `bridge` for their noise, and `equilibrium` the iterations for
-steady states.
+`programs` compiles functions with loops in them, and knows what they may be given; `hoisting` moves what never changes
+out of the loops; `engine` remembers what was compiled for an f. Each kind of solve has an engine of its own. `stepping`
+has what solves in steps have in common, `runge_kutta` the explicit Runge-Kutta methods, `sde` the SDEs, with `bridge`
+for their noise, and `equilibrium` the iterations for steady states.
 """
 
 from __future__ import annotations

@@ -27,18 +27,30 @@ class Bridge:
         """See `Paths.between`: the noise between consecutive times, [points, groups]."""
         times, dtype = times.double() / self.cell, self.dtype
         ticks, part, depth, common = self._places(times)
-        x, y = self._numbers(ticks >> depth, None)
-        w, h, one = x, y / math.sqrt(12), torch.ones((), dtype=dtype)
-        size, *found = self._down_together(ticks[:1], depth, common, w[:1], h[:1], one)
+        cells = ticks >> depth
+        one, (w, h) = torch.ones((), dtype=dtype), self._cells(cells[:1])
+        size, *found = self._down_together(ticks[:1], depth, common, w, h, one)
         together = common > 0
         w, h, size = (torch.where(together, new, old) for new, old in zip((*found, size), (w, h, one), strict=True))
-        w, h, size, before, after = self._down_apart(ticks, depth, common, w, h, size)
-        parted = (ticks[1:] != ticks[:-1])[..., None].to(dtype)
-        # Where times are ends of last intervals, as those of steps that the control chose are, this changes nothing.
-        last, place = Piece(w, h, size.expand(part.shape)[..., None]), part[..., None].to(dtype)
-        both = last.split(place, *self._numbers(ticks, depth), before, after, parted)
-        found = both.noise(times.diff(dim=0)[..., None].to(dtype))
+        w, h = torch.cond((cells != cells[:1]).any(), self._in_other_cells, _in_one, (cells, w, h))
+        found = self._down_apart(ticks, depth, common, w, h, size)
+        # Times that the control chose are ends of last intervals.
+        w, j = torch.cond((part != 0).any(), self._split, _whole, (ticks, depth, part, *found))
+        span = times.diff(dim=0)[..., None].to(dtype)
+        found = Sum(w, j, span).noise(span)
         return [Noise(noise.w * self.scale, noise.h * self.scale) for noise in found]
+
+    # -- branches: what they hand back is memory of its own ------------------------------------------------------------
+
+    def _in_other_cells(self, cells: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cells(cells)
+
+    def _split(self, ticks: Tensor, depth: Tensor, part: Tensor, w: Tensor, h: Tensor, size: Tensor, *sums):
+        numbers, place = self._numbers(ticks, depth), part[..., None].to(self.dtype)
+        before, after = Sum(*sums[:3]), Sum(*sums[3:])
+        return _copied(_last(part, w, h, size).split(place, *numbers, before, after, _parted(ticks, self.dtype)))
+
+    # -- the way -------------------------------------------------------------------------------------------------------
 
     def _places(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Where times lie: as `Way` has it.
@@ -57,6 +69,11 @@ class Bridge:
         # x has as many binary digits as log2(x + 1/2) says, rounded up.
         digits = ((ticks ^ ticks[:1]).double() + 0.5).log2().ceil().to(torch.int64).clamp(min=1).amax()
         return ticks, part, depth, (depth - digits).clamp(min=0)
+
+    def _cells(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """W and H of cells."""
+        x, y = self._numbers(nodes, None)
+        return x, y / math.sqrt(12)
 
     def _numbers(self, nodes: Tensor, level: Tensor | None) -> tuple[Tensor, Tensor]:
         """What halves the intervals of a level, or what the cells have where that is None: [points, samples, channels].
@@ -86,7 +103,11 @@ class Bridge:
         return found
 
     def _down_apart(self, ticks: Tensor, depth: Tensor, level: Tensor, w: Tensor, h: Tensor, size: Tensor):
-        """Beside the ways lie the parts that are between the times: see `Way.noise`."""
+        """Beside the ways lie the parts that are between the times: see `Way.noise`.
+
+        Returns:
+            W and H of the last intervals and their length, and the two sums of these parts.
+        """
 
         def more(level, *carried):
             return level < depth
@@ -105,8 +126,29 @@ class Bridge:
         none, length = torch.zeros_like(w[1:]), torch.zeros_like(ticks[1:], dtype=self.dtype)[..., None]
         sums = none, none.clone(), length, none.clone(), none.clone(), length.clone()
         _, size, w, h, *sums = while_loop(more, down, (level.clone(), size.clone(), w.clone(), h.clone(), *sums))
-        return w, h, size, Sum(*sums[:3]), Sum(*sums[3:])
+        return w, h, size, *sums
 
     def _sign(self, ticks: Tensor, depth: Tensor, level: Tensor) -> Tensor:
         """+1 where the way goes left from a level, else -1, [points, groups, 1]."""
         return (1 - 2 * ((ticks >> (depth - level - 1)) & 1))[..., None].to(self.dtype)
+
+
+def _in_one(cells: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(x.expand(len(cells), -1, -1).clone() for x in (w, h))
+
+
+def _whole(ticks: Tensor, depth: Tensor, part: Tensor, w: Tensor, h: Tensor, size: Tensor, *sums):
+    return _copied(_last(part, w, h, size).whole(Sum(*sums[:3]), Sum(*sums[3:]), _parted(ticks, w.dtype)))
+
+
+def _copied(both: Sum) -> tuple[Tensor, Tensor]:
+    return both.w.clone(), both.j.clone()
+
+
+def _last(part: Tensor, w: Tensor, h: Tensor, size: Tensor) -> Piece:
+    return Piece(w, h, size.expand(part.shape)[..., None])
+
+
+def _parted(ticks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether two consecutive times are in two intervals."""
+    return (ticks[1:] != ticks[:-1])[..., None].to(dtype)

@@ -1,13 +1,14 @@
-"""Iterations for steady states: one step as a compiled program, which Python calls until the samples are at rest.
+"""Iterations for steady states: stretches of steps as one compiled program.
 
-The move, the evaluation of f and the look at the residual are one program, so that a step is one call and one question
-to the device. (A loop inside of a program would copy what the solver remembers at every step.) The linear systems of
-"implicit" that are solved by such an iteration go the same way: there f is a vector-Jacobian product, which autograd
-makes, and what lies between two products is one program.
+The move, the evaluation of f, the look at the residual and the loop around them are one program, which Python calls
+again where it looks for a stall, where the memory needs more room, or where a sample was lost. What of f depends on
+nothing but x is computed once, before the loop. The linear systems of "implicit" that are solved by such an iteration
+go the same way: there the map is λ -> Jᵀλ + v, a vector-Jacobian product of f at the steady state.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import iterate as _iterate
-from ..iterate import Iterate, Iterated, Moved, Watched
+from ..field import Field
+from ..iterate import Ends, Iterate, Iterated, Stretch, Watched
 from ..problem import Problem
 from ..solvers import Iteration
 from ..solvers.iteration import Memory
 from .engine import Engine
-from .programs import Unsupported, first_line, leaves_of, program
+from .programs import Unsupported, first_line, leaves_of, overwriting_loop, program
+
+_LONGEST = 32  # steps in a stretch
 
 
 class EquilibriumEngine(Engine):
@@ -28,10 +32,9 @@ class EquilibriumEngine(Engine):
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         super().__init__(problem, tree)
-        self._iterate = Iterate(problem.solver, problem.rest.termination, problem.joint)
         self._is_map = problem.field.given is not problem.field.equation.f
-        self._step = program(self._stepping)
-        self._between: dict[Iterate, Callable] = {}
+        self._forward = program(functools.partial(self._solving, _iterated(problem)), hoisted=True)
+        self._backward: dict[Iterate, Callable] = {}
 
     @staticmethod
     def refusals(problem: Problem) -> list[tuple[bool, str]]:
@@ -47,83 +50,138 @@ class EquilibriumEngine(Engine):
     @staticmethod
     def kinds(problem: Problem) -> tuple:
         """See `Engine.kinds`."""
-        return (problem.rest.termination,)
+        return (problem.solver, problem.rest.termination)
 
     @torch.no_grad()
     def _discover(self, problem: Problem, z0: Tensor) -> Iterated:
-        slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
-        if problem.field.random:
+        field = problem.field
+        slope = field.first(problem.first_instant, z0, problem.elsewhere)
+        if field.random:
             raise Unsupported("f draws random numbers")
-        return _iterate.iterate(problem, z0, slope, self._stepped)
+        return _iterate.iterate(problem, z0, slope, _Steps(problem, self._forward, (*_given(field), problem.start)))
 
-    def _stepped(self, field, t, z: Tensor, slope: Tensor, memory: Memory, watched: Watched) -> Moved:
-        """See `iterate.iterate`."""
-        field.calls += 1
-        found = self._step(field.given, leaves_of(field.args), t, z, slope, *_given(memory), watched)
-        return Moved(*found[:5], _taken(memory, found[5]), None)
+    def _solving(self, iterate: Iterate, given, *rest):
+        """Traced: steps of a solve."""
+        f, leaves, start = given
+        image = self._image(f, leaves)
 
-    def _stepping(self, f, leaves, t, z, slope, made, states, buffers, watched):
-        """Traced: one step."""
+        def excess(j: Tensor, z: Tensor) -> Tensor:
+            return image(start + (j + 1) * iterate.solver.step_size, z) - z
+
+        return _steps(iterate, excess, *rest)
+
+    def _image(self, f, leaves) -> Callable[[Tensor, Tensor], Tensor]:
+        """Traced: (time, z) -> the map whose fixed point is wanted."""
         value = self._of(f, leaves)
-
-        def excess(x: Tensor) -> Tensor:
-            return value(t, x) - x if self._is_map else value(t, x)
-
-        moved = self._iterate(excess, z, slope, Memory(made, states, buffers), watched)
-        return *moved[:5], moved.memory.states
+        if self._is_map:
+            return lambda t, z: value(value.times(t)[0], z)
+        return lambda t, z: value(value.times(t)[0], z) + z
 
     # -- backwards -----------------------------------------------------------------------------------------------------
 
-    def costate(self, problem: Problem, start: Tensor, slope: Tensor) -> Iterated | None:
-        """Solves for the costate; None where that has to be made as ever, after a warning.
+    def costate(self, problem: Problem, right: Tensor, field: Field, t: Tensor, z: Tensor) -> Iterated | None:
+        """Solves λ = Jᵀλ + v for the costate; None where that has to be made as ever, after a warning.
 
         Args:
-            problem: of the iteration for it. start: from here. slope: its field there.
+            problem: of the iteration for it. right: v, [batch, features].
+            field, t, z: f, and where J is its map's Jacobian.
         """
-        iterate = Iterate(problem.solver, problem.rest.termination, problem.joint)
+        iterate = _iterated(problem)
         if self.broken is not None or problem.solver.calls_per_step != 1:
             return None
-        if iterate not in self._between:
-            self._between[iterate] = program(_Between(iterate))
+        if iterate not in self._backward:
+            self._backward[iterate] = program(functools.partial(self._transposing, iterate), hoisted=True)
+        steps = _Steps(problem, self._backward[iterate], (*_given(field), t, z, right))
         try:
-            return _iterate.iterate(problem, start, slope, _Ahead(iterate, self._between[iterate]))
+            return _iterate.iterate(problem, torch.zeros_like(right), right, steps)
         except Exception as error:  # whatever the compiler says
             self._give_up(problem, Unsupported(first_line(error)))
             return None
 
+    def _transposing(self, iterate: Iterate, given, *rest):
+        """Traced: steps towards the costate."""
+        f, leaves, t, point, right = given
+        image = self._image(f, leaves)
 
-class _Between:
-    """Traced: what lies between two evaluations of a field: the look at the residual, and the next move."""
+        def excess(j: Tensor, u: Tensor) -> Tensor:
+            _, product = torch.func.vjp(functools.partial(image, t), point)
+            return product(u)[0] + right - u
 
-    def __init__(self, iterate: Iterate):
-        self.iterate = iterate
-
-    def __call__(self, z, slope, made, states, buffers, watched):
-        move = self.iterate.move(None, z, slope, Memory(made, states, buffers))
-        return *self.iterate.look(z, slope, watched), move.z, move.memory.states
+        return _steps(iterate, excess, *rest)
 
 
-class _Ahead:
-    """Steps that make the next one's move beforehand."""
+class _Steps:
+    """What `iterate` calls for a stretch of steps.
 
-    def __init__(self, iterate: Iterate, between: Callable):
-        self.iterate, self.between = iterate, between
-        self.next: Tensor | None = None
+    Args:
+        problem: that is solved. call: a program. given: what it is given before the loop's own.
+    """
 
-    def __call__(self, field, t, z: Tensor, slope: Tensor, memory: Memory, watched: Watched) -> Moved:
+    def __init__(self, problem: Problem, call: Callable, given: tuple):
+        self.problem, self.call, self.given = problem, call, given
+
+    def __call__(
+        self, z: Tensor, slope: Tensor, memory: Memory, watched: Watched, ends: Ends, before: int, most: int
+    ) -> Stretch:
         """See `iterate.iterate`."""
-        if self.next is None:
-            move = self.iterate.move(None, z, slope, memory)
-            self.next, memory = move.z, self.iterate.solver.room(move.memory)
-        z, slope = self.next, field(t, self.next)
-        *looked, self.next, states = self.between(z, slope, *_given(memory), watched)
-        return Moved(z, slope, *looked, _taken(memory, states), None)
+        figures = z.new_empty(_LONGEST, len(watched.live))
+        starts = z.new_empty(_LONGEST, *z.shape) if self.problem.keep is None else None
+        numbers = (torch.tensor([x]) for x in (min(most, _LONGEST), before, memory.made))
+        apart = _apart((self.given, z, slope, memory.states, memory.buffers, watched, ends))
+        turn, z, slope, states, watched, ends = self.call(*apart, *numbers, figures, starts)
+        made = int(turn)
+        memory = Memory(memory.made + made, states, memory.buffers)
+        return Stretch(made, z, slope, memory, Watched(*watched), Ends(*ends), figures, starts)
 
 
-def _given(memory: Memory | None) -> tuple:
-    """The memory as a program is given it: the count as a tensor [1], which changes nothing of the program."""
-    return torch.tensor([memory.made]), memory.states, memory.buffers
+def _apart(arguments: tuple) -> list:
+    """The arguments without a tensor in them twice, which a program would take for a law."""
+    leaves, tree = pytree.tree_flatten(arguments)
+    seen = set()
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor):
+            leaves[i] = x.clone() if id(x) in seen else x
+            seen.add(id(x))
+    return pytree.tree_unflatten(leaves, tree)
 
 
-def _taken(memory: Memory, states: tuple[Tensor, ...]) -> Memory:
-    return Memory(memory.made + 1, states, memory.buffers)
+def _steps(
+    iterate: Iterate, excess: Callable, z, slope, states, buffers, watched, ends, most, before, first, figures, starts
+):
+    """Traced: the loop.
+
+    Args:
+        excess: (which step of all, a state) -> f(z) - z.
+        most, before, first: how many steps may be made, were made, and `Memory.made`, [1] each.
+    """
+    termination, count = iterate.termination, len(states)
+
+    def more(turn, going, *carried):
+        return ((turn < most) & going).squeeze(0)
+
+    def step(overwritten, turn, going, z, slope, live, least, *carried):
+        buffers, figures, *starts = overwritten
+        states, ends = carried[:count], Ends(*carried[count:])
+        now = watched._replace(live=live, least=least)
+        moved = iterate(functools.partial(excess, before + turn), z, slope, Memory(first + turn, states, buffers), now)
+        figures.index_copy_(0, turn, moved.figure[None])
+        for kept in starts:
+            kept.index_copy_(0, turn, z[None])
+        after, ends = now.after(moved, termination), ends.after(now, moved, z, before + turn + 1, termination)
+        lost = moved.ended & ~(moved.figure <= termination.tolerance)
+        found = moved.z, moved.slope, after.live, after.least, *moved.memory.states, *ends
+        return turn + 1, (after.live.any() & ~lost.any())[None], *(x.clone() for x in found)
+
+    given = z, slope, watched.live, watched.least, *states, *ends
+    carried = torch.zeros_like(most), torch.ones_like(most, dtype=torch.bool), *(x.clone() for x in given)
+    overwritten = buffers, figures, *(() if starts is None else (starts,))
+    turn, _, z, slope, live, least, *rest = overwriting_loop(more, step, carried, overwritten)
+    return turn, z, slope, tuple(rest[:count]), watched._replace(live=live, least=least), tuple(rest[count:])
+
+
+def _iterated(problem: Problem) -> Iterate:
+    return Iterate(problem.solver, problem.rest.termination, problem.joint)
+
+
+def _given(field: Field) -> tuple:
+    return field.given, leaves_of(field.args)

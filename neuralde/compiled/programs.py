@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import types
 import warnings
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..equations import Autonomous, Coefficients
 from ..field import modules
 from ..problem import Problem
-from . import decompositions
+from . import decompositions, hoisting
 
 
 class Unsupported(Exception):
@@ -65,11 +66,44 @@ def while_loop(more: Callable, step: Callable, carried: tuple):
     return while_loop(more, step, carried)
 
 
+def overwriting_loop(more: Callable, step: Callable, carried: tuple, buffers):
+    """Traced: as `while_loop`, of a step that is given the buffers first and may overwrite tensors in them.
+
+    Args:
+        buffers: a structure of tensors (and None).
+    """
+    if _overwrites:
+        return while_loop(more, functools.partial(step, buffers), carried)
+    # Here the buffers go through the loop, which copies them at every turn.
+    leaves, tree = pytree.tree_flatten(buffers)
+    count = len(carried)
+
+    def turn(*given):
+        own = [x.clone() for x in given[count:]]
+        return *step(pytree.tree_unflatten(own, tree), *given[:count]), *own
+
+    found = while_loop(lambda *given: more(*given[:count]), turn, (*carried, *(x.clone() for x in leaves)))
+    for x, new in zip(leaves, found[count:], strict=True):
+        x.copy_(new)
+    return found[:count]
+
+
+def _may_overwrite() -> bool:
+    """Whether a `while_loop` may change other tensors than those that it carries: torch's older ones may not."""
+    from torch._higher_order_ops.while_loop import while_loop_op
+
+    return "mutated_arg_indices" in inspect.signature(type(while_loop_op).__call__).parameters
+
+
+_overwrites: bool | None = None  # as that function says, once a program is made
 _NUMBERS = itertools.count()
 
 
-def program(function: Callable) -> Callable:
+def program(function: Callable, hoisted: bool = False) -> Callable:
     """The function, compiled at its first call.
+
+    Args:
+        function: traced. hoisted: whether what never changes in its loops is computed before them.
 
     Dynamo remembers its work by code objects. Every program has one of its own, so that no two take each other for a
     variant of themselves.
@@ -78,21 +112,26 @@ def program(function: Callable) -> Callable:
 
     @functools.cache
     def made():
+        global _overwrites
+        _overwrites = _may_overwrite()
+
         def program(*arguments):
             return function(*arguments)
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        return torch.compile(program, fullgraph=True, backend=_inductor)
+        return torch.compile(program, fullgraph=True, backend=functools.partial(_inductor, hoisted=hoisted))
 
     return lambda *arguments: made()(*arguments)
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], hoisted: bool) -> Callable:
     from torch._inductor.compile_fx import compile_fx
 
     # What is used twice is a tensor of its own: the slopes are, in every later stage.
     options = {"cpp_wrapper": True, "realize_reads_threshold": 0, **_kept_between_processes()}
+    if hoisted:
+        options["joint_custom_pre_pass"] = hoisting.as_pass()
     return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions.table())
 
 

@@ -30,7 +30,7 @@ from .programs import Lent, Unsupported, constant, first_line, leaves_of, lend, 
 from .records import Log, Ran, Stand
 
 _M = algebra.TENSORS
-_LOG, _LONGEST = 1 << 16, 64  # bytes of states in a log, which is copied at every attempt; attempts in it
+_LOG, _LONGEST = 1 << 19, 64  # bytes of states in a log, which is copied at every attempt; attempts in it
 
 
 def closes(problem: Problem) -> bool:

@@ -189,7 +189,7 @@ def run(config: Config) -> Result:
                 histories[name].append(nfe)
                 picture.setdefault(name, zs)
     result = Result("Spiral SDE: a Neural SDE fitted to its moments", COLUMNS, trials, details={"nfe": histories})
-    result.findings = findings(result)
+    result.findings = findings(result, config.iterations < Config.iterations)
     result.picture = data, picture, config.times
     return result
 
@@ -231,9 +231,14 @@ def _evaluate(config: Config, layer: nde.NeuralSDE, data: Moments) -> tuple[dict
     return {"loss": distance(zs, data).item(), **figures}, zs
 
 
-def findings(result: Result) -> list[Finding]:
-    """Of the thesis' Table 5.3: fewer evaluations, at a loss within the spread over the seeds, or at most 5 % more."""
-    vanilla, made = result.row("vanilla"), []
+def findings(result: Result, short: bool = False) -> list[Finding]:
+    """Of the thesis' Table 5.3: fewer evaluations, at a loss within the spread over the seeds, or at most 5 % more.
+
+    Args:
+        short: the training was shorter than the thesis', so that nothing is judged.
+    """
+    claim = "the thesis' Table 5.3 claims that both penalties save evaluations (0.95 of the vanilla model's) at no loss"
+    vanilla, made = result.row("vanilla"), [Finding(claim)]
     for name, ratio in (("ERNSDE", 0.95), ("SRNSDE", 0.95)):
         row = result.row(name)
         nfe, change = row["nfe"] / vanilla["nfe"], row["loss"] - vanilla["loss"]
@@ -242,7 +247,10 @@ def findings(result: Result) -> list[Finding]:
             f"{name}'s NFE is {nfe:.3f} of the vanilla model's (in the thesis {ratio}); its loss is {change:+.4f} from "
             f"the vanilla model's {vanilla['loss']:.4f} (room: {room:.4f}, the spreads over the seeds, or 5 %)"
         )
-        made.append(Finding(text, nfe < 1.0 and change <= room))
+        if short:
+            made.append(Finding(f"not judged at this length: {text}"))
+        else:
+            made.append(Finding(text, nfe < 1.0 and change <= room))
     return made
 
 

@@ -17,7 +17,7 @@ import neuralde as nde
 from . import _methods
 from ._case import Case
 
-__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "probe"]
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "probe", "solution"]
 
 # What makes one step of a method, with torchdiffeq's error estimate. Adams methods and SciPy's need earlier steps.
 SOLVERS = {**_methods.ADAPTIVE, **_methods.FIXED}
@@ -168,6 +168,45 @@ def odeint_dense(func: Callable, y0, t0, t1, *, rtol=1e-7, atol=1e-9, method=Non
         return case.form.outputs(zs) if torch.as_tensor(t).dim() else case.form.disclose(zs)
 
     return dense_output
+
+
+def solution(func: Callable, y0, t: Tensor, *, rtol=1e-7, atol=1e-9, method=None, options=None) -> nde.Solution:
+    """As `odeint`, all of the `Solution`: what `nde.diagnose` and the global penalties take.
+
+    Args:
+        func, y0, t, rtol, atol, options: of `odeint`.
+        method: an adaptive or fixed-grid method; None is "dopri5".
+
+    Returns:
+        The `Solution`, of the rows of y0 where it is a tensor of two and more dimensions: then func is to treat them
+        alone, as a batch. Else, and with the option "norm", y0 as a whole is one sample. The outputs of a fixed-grid
+        method with a grid of its own are on that grid.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong. NeuralDEError: the solve failed.
+    """
+    case, (method, options) = Case(func, y0, t), _methods.check(method, options)
+    if method not in SOLVERS:
+        raise ValueError(f"method {method!r} makes no steps of a `Solution`; one of {', '.join(SOLVERS)} does")
+    batched, t = isinstance(case.y0, Tensor) and case.y0.dim() > 1 and "norm" not in options, case.t
+    if method in _methods.FIXED:
+        how, own = _methods.fixed(case, method, options, event=False)
+        if own.interp == "linear" and own.grid is not case.t:
+            t = torch.cat([t[:1], own.grid[1:].detach()])
+    else:
+        how = _methods.adaptive(case, method, options, event=False)
+    how |= (
+        {"rtol": rtol, "atol": atol}
+        if batched
+        else {"rtol": case.tolerance("rtol", rtol), "atol": case.tolerance("atol", atol)}
+    )
+    form = case.form
+
+    def field(t, z):
+        return form.derivative(func(t, z)) if batched else form.enclose(form.derivative(func(t, form.disclose(z))))
+
+    field.__wrapped__ = func  # by which `diagnose` names it
+    return nde.solve(nde.ODE(field), case.y0 if batched else case.z0, t, adjoint="direct", **how)
 
 
 def probe(

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .. import control as _control
 from ..brownian import BrownianTree
 from ..equations import SDE
+from ..errors import NeuralDEError
 from ..field import mixing_message, mixing_module
 from ..solution import Solution
 from ..solve import chosen, solve
@@ -40,7 +41,7 @@ class NeuralSDE(nn.Module):
     Raises:
         TypeError: an option that `solve` doesn't have.
         ValueError: drift or diffusion mix samples (batch normalization in training mode) under per-sample control; the
-            solver does not suit the equation; or control, adjoint and dt0 don't go together.
+            solver does not suit the equation; control, adjoint and dt0 don't go together; or t does not increase.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class NeuralSDE(nn.Module):
         self.drift, self.diffusion = drift, diffusion
         self.noise_type, self.sde_type = noise_type, sde_type
         self._equation = SDE(drift, diffusion, noise_type, sde_type)
+        _require_increasing(t)
         self.t, self.trajectories = t, _count(trajectories)
         self.solve_options = solve_options
         self.solution: Solution | None = None
@@ -92,8 +94,8 @@ class NeuralSDE(nn.Module):
 
         Args:
             z0: [batch, ...], or a tuple or dict of such tensors.
-            args: for the last argument of drift and diffusion. Tensors with a row for every input are repeated for the
-                input's trajectories.
+            args: for the last argument of drift and diffusion. Tensors whose first size is that of the batch have a row
+                for every input, which is repeated for its trajectories; of one that all inputs share that size is 1.
             trajectories: another number than the layer's.
         """
         count = self._trajectories(trajectories)
@@ -110,15 +112,28 @@ class NeuralSDE(nn.Module):
         self.solution = None  # lets go of the last call's graph before this one's is built
         self._refuse_mixing()
         count, t = self._trajectories(trajectories), self.t if t is None else t
-        if count > 1:
-            batch = len(pytree.tree_leaves(z0)[0])
-            z0, args = _repeated(z0, batch, count), _repeated(args, batch, count)
-            t = _repeated(t, batch, count) if isinstance(t, Tensor) and t.dim() == 2 else t
-        options = self.solve_options
-        if count > 1 and isinstance(options.get("brownian"), BrownianTree):
-            options = {**options, "brownian": options["brownian"].grouped(count)}
-        self.solution = solve(self.equation, z0, t, args=args, **options)
+        if count == 1:
+            self.solution = solve(self.equation, z0, t, args=args, **self.solve_options)
+        else:
+            self.solution = self._several(z0, t, args, count)
         return self.solution
+
+    def _several(self, z0, t, args, count: int) -> Solution:
+        """The solution with so many samples in a row for every input."""
+        batch = len(pytree.tree_leaves(z0)[0])
+        repeated, options = _repeated(args, batch, count), _options_of_several(self.solve_options, z0, batch, count)
+        t = _repeated(t, batch, count) if isinstance(t, Tensor) and t.dim() == 2 else t
+        try:
+            return solve(self.equation, _repeated(z0, batch, count), t, args=repeated, **options)
+        except (RuntimeError, IndexError) as error:
+            shared = all(x is y for x, y in zip(*map(pytree.tree_leaves, (args, repeated)), strict=True))
+            if shared or isinstance(error, NeuralDEError):
+                raise
+            raise ValueError(
+                f"drift or diffusion failed ({error}). Tensors in args whose first size is the batch, {batch}, had "
+                f"their rows repeated for the {count} trajectories of every input; give one that all inputs share a "
+                "leading dimension of size 1, x[None], or make it a parameter of the drift or the diffusion"
+            ) from error
 
     def trajectory(self, z0, ts, args=None, trajectories: int | None = None):
         """The states at the times ts, [times, batch, ...]; of several trajectories [times, trajectories, batch, ...].
@@ -167,6 +182,36 @@ def _repeated(structure, batch: int, count: int):
         return einops.repeat(x, "b ... -> (b k) ...", k=count)
 
     return pytree.tree_map(repeat, structure)
+
+
+def _options_of_several(options: dict, z0, batch: int, count: int) -> dict:
+    """The options of a solve with a row for every trajectory, where they have one for every input."""
+    options, (leaves, tree) = dict(options), pytree.tree_flatten(z0)
+    for name in ("rtol", "atol"):
+        given, own = pytree.tree_flatten(options.get(name))
+        if own == tree:  # a tensor with fewer dimensions than the state is for one sample of it
+            given = [
+                _repeated(x, batch, count) if isinstance(x, Tensor) and x.dim() == z.dim() else x
+                for x, z in zip(given, leaves, strict=True)
+            ]
+            options[name] = pytree.tree_unflatten(given, tree)
+    for name in ("jump_times", "step_times"):
+        if options.get(name) is not None and (times := torch.as_tensor(options[name])).dim() == 2:
+            options[name] = _repeated(times, batch, count)
+    if isinstance(options.get("brownian"), BrownianTree):
+        options["brownian"] = options["brownian"].grouped(count)
+    return options
+
+
+def _require_increasing(t):
+    """Raises ValueError for a horizon that runs backwards; whatever else is wrong with it, `solve` says."""
+    times = t if isinstance(t, Tensor) else torch.tensor([float(x) for x in t]) if _all_numbers(t) else None
+    if times is not None and times.dim() and bool((times[..., -1] < times[..., 0]).any()):
+        raise ValueError(f"t must increase: an SDE is solved forward in time, got {t}")
+
+
+def _all_numbers(t) -> bool:
+    return isinstance(t, tuple | list) and len(t) > 0 and all(isinstance(x, numbers.Real) for x in t)
 
 
 def _apart(structure, pattern: str, count: int):

@@ -148,6 +148,6 @@ def for_sde(solver: str | SDESolver | None, equation: SDE, adaptive: bool = True
     if not found.suits(equation):
         raise ValueError(
             f"solver {found.name!r} does not solve {kind}: it takes {', '.join(found.orders)} noise, "
-            f"{' and '.join(found.sde_types)}; these do: {', '.join(suitable)}"
+            f"{' and '.join(found.senses)}; these do: {', '.join(suitable)}"
         )
     return found.of(equation, adaptive)

@@ -41,6 +41,12 @@ class Anderson(Iteration):
                 raise ValueError(f"regularization must be positive and finite, got {regularization}")
         self.regularization = regularization
 
+    def start(self, z: Tensor, slope: Tensor) -> Memory:
+        """See `Iteration.start`: no difference yet, from which follows a plain step."""
+        batch, features = z.shape
+        room = tuple(z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
+        return Memory(-1, (torch.add(z, slope, alpha=self.beta), slope), room)
+
     def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """See `Iteration.move`.
 
@@ -49,13 +55,12 @@ class Anderson(Iteration):
         Differences that there are not yet are 0, and get the weight 0: batched products of very few rows are the slow
         ones.
         """
-        plain = torch.add(z, slope, alpha=self.beta)
         if memory is None:
-            batch, features = z.shape
-            room = tuple(z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
-            return Move(plain, Memory(0, (plain, slope), room))
+            memory = self.start(z, slope)
+            return Move(memory.states[0], Memory(0, memory.states, memory.buffers))
+        plain = torch.add(z, slope, alpha=self.beta)
         (before, last), (slopes, moves, gram) = memory.states, memory.buffers
-        slot = memory.made % self.m
+        slot = memory.slot(self.m)
         change = slope - last
         memory.put(slopes, slot, change)
         memory.put(moves, slot, plain - before)

@@ -35,6 +35,16 @@ class Broyden(Iteration):
         if line_search:
             self.calls_per_step = None
 
+    def start(self, z: Tensor, slope: Tensor) -> Memory:
+        """See `Iteration.start`: what led to z changed nothing, and H = -I would go on by slope."""
+        left, right = (z.new_zeros(len(z), min(8, self.m), z.shape[1]) for _ in range(2))
+        return Memory(-1, (z, slope, slope), (left, right))
+
+    def lasts(self, memory: Memory) -> int | None:
+        """See `Iteration.lasts`."""
+        known = memory.buffers[0].shape[1]
+        return None if known == self.m else known - memory.made
+
     def room(self, memory: Memory) -> Memory:
         """See `Iteration.room`."""
         batch, known, features = memory.buffers[0].shape
@@ -50,8 +60,8 @@ class Broyden(Iteration):
         [batch, room, features], 0 where there are none yet. The room grows with the steps.
         """
         if memory is None:
-            room = z.new_zeros(2, len(z), min(8, self.m), z.shape[1]).unbind(0)
-            step, memory = slope, Memory(0, (z, slope, slope), room)
+            step, start = slope, self.start(z, slope)
+            memory = Memory(0, start.states, start.buffers)
         else:
             step, memory = self._updated(z, slope, memory)
         if not self.line_search:
@@ -70,7 +80,7 @@ class Broyden(Iteration):
         lack, bottom = move - (image + step), dot(v, change)
         fine = bottom.abs() > 10 * torch.finfo(z.dtype).eps * (dot(v, v) * dot(change, change)).sqrt()
         u = lack * torch.where(fine, 1.0 / torch.where(fine, bottom, 1.0), 0.0)[:, None]
-        slot = memory.made % self.m
+        slot = memory.slot(self.m)
         if memory.traced:
             image = image - weights.index_select(1, slot) * left.index_select(1, slot)[:, 0]  # 0 where it is not there
         elif memory.made >= self.m:  # the oldest term goes

@@ -48,9 +48,21 @@ class Iteration(Solver):
             memory: what the move before remembered, whose tensors may be overwritten; None at the first.
         """
 
+    def start(self, z: Tensor, slope: Tensor) -> Memory | None:
+        """A memory from which the first move is made as any other; None where only the first move itself makes one.
+
+        Args:
+            z, slope: as `move` is given them.
+        """
+        return None
+
     def room(self, memory: Memory) -> Memory:
         """The memory with room for what another move remembers."""
         return memory
+
+    def lasts(self, memory: Memory) -> int | None:
+        """How many moves the memory has room for; None for any number."""
+        return None
 
     def memory(self, z: Tensor, taped: bool) -> Remembered:
         """See `Solver.memory`."""
@@ -121,12 +133,16 @@ class Memory:
     """What an iteration remembers: tensors [batch, ...].
 
     Args:
-        made: how many moves there were after the first: a number, or a tensor [1] in a traced program.
+        made: how many moves there were after the first, -1 before it: a number, or a tensor [1] in a traced program.
         states: those that every move makes anew. buffers: those that it overwrites.
     """
 
     def __init__(self, made: int | Tensor, states: tuple[Tensor, ...], buffers: tuple[Tensor, ...]):
         self.made, self.states, self.buffers = made, states, buffers
+
+    def slot(self, rows: int) -> int | Tensor:
+        """Which row of a buffer with so many the next move overwrites."""
+        return (self.made.clamp(min=0) if self.traced else max(self.made, 0)) % rows
 
     @property
     def traced(self) -> bool:
@@ -183,6 +199,10 @@ class FixedPoint(Iteration):
     def step_size(self) -> float:
         """dt."""
         return self.damping
+
+    def start(self, z: Tensor, slope: Tensor) -> Memory:
+        """See `Iteration.start`."""
+        return Memory(-1, (), ())
 
     def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """See `Iteration.move`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..brownian import Noise
-from ..equations import SDE
+from ..equations import SDE, SDE_TYPES
 from .base import Solver, Step, VectorField
 from .hermite import weighted
 
@@ -62,6 +62,11 @@ class SDESolver(Solver):
         sense = equation.noise_type == "additive" or equation.sde_type in self.sde_types
         return sense and equation.noise_type in self.orders
 
+    @property
+    def senses(self) -> tuple[str, ...]:
+        """The senses in which it takes some noise: `sde_types`, or both where it takes additive noise alone."""
+        return SDE_TYPES if tuple(self.orders) == ("additive",) else self.sde_types
+
     def of(self, equation: SDE, adaptive: bool) -> SDESolver:
         """The method for an equation that it suits, at adaptive or at fixed steps."""
         solver = copy.copy(self)
@@ -101,4 +106,4 @@ class SDESolver(Solver):
 
     def __repr__(self) -> str:
         noise = ", ".join(f"{kind} {order:g}" for kind, order in self.orders.items())
-        return f"{self.name} ({' and '.join(self.sde_types)}; strong order by noise: {noise})"
+        return f"{self.name} ({' and '.join(self.senses)}; strong order by noise: {noise})"
