@@ -675,8 +675,11 @@ def _modes(f) -> tuple[tuple[type, bool], ...]:
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two derivatives differ by more than a part of the sample's largest; NaN in both is no difference."""
-    change = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), a - b).abs().amax(dim=1)
+    """Whether two derivatives differ by more than a part of the sample's largest; NaN in both is no difference.
+
+    Nor is the same infinity.
+    """
+    change = torch.where((a == b) | (a.isnan() & b.isnan()), torch.zeros_like(a), a - b).abs().amax(dim=1)
     # Sample by sample: beside one with large derivatives, a difference in the others must not look small.
     scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().amax(dim=1)
     return not bool(transforms.physical(change <= tolerance * scale).all())

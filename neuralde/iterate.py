@@ -6,7 +6,6 @@ and one question to the device after it. `compiled.equilibrium` makes a program 
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,7 +152,7 @@ class _Iterating:
         self.field = problem.field
         self.z, self.slope, self.memory = z0, slope.to(z0.dtype), None
         self.attempts = self.since = 0
-        self.recent: collections.deque[Tensor] = collections.deque(maxlen=self.termination.patience or 1)
+        self.recent = _termination.Recent(self.termination)
         self.taken: list[Taken] = []
         # Of all.
         codes = self.rest.begin(z0, self.slope)
@@ -205,7 +204,7 @@ class _Iterating:
         stalled = None
         if self.termination.patience is not None:
             self.recent.append(figure)
-            stalled = self._stalled(figure)
+            stalled = self._stalled()
         further, any_ended = flags.tolist()
         if not (further and self.termination.best) and not any_ended and stalled is None:
             self.best, self.watched = self.z, self.watched._replace(least=figure)
@@ -238,9 +237,9 @@ class _Iterating:
         codes = torch.where(ended & ~figure.isfinite(), int(Status.NON_FINITE), codes)
         return torch.where(ended & (figure <= self.termination.tolerance), int(Status.SUCCESS), codes)
 
-    def _stalled(self, figure: Tensor) -> Tensor | None:
+    def _stalled(self) -> Tensor | None:
         """Who has, [groups], at the steps at which it is looked for; None at the others."""
-        found = _termination.stalled(self.termination, self.recent, figure, self.attempts)
+        found = self.recent.stalled(self.attempts)
         return None if found is None else found & self.watched.live
 
     def _put(self, whole: Tensor, which: Tensor, part: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -308,7 +307,7 @@ class _Iterating:
         self.z, self.slope, self.best = (x.index_select(0, staying) for x in (self.z, self.slope, self.best))
         self.memory = self.memory and self.memory.on(staying)
         self.watched = self.watched.on(staying)
-        self.recent = collections.deque((x.index_select(0, staying) for x in self.recent), self.recent.maxlen)
+        self.recent = self.recent.on(staying)
         self.since = self.attempts
 
 

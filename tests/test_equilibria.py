@@ -333,7 +333,20 @@ def test_limited_memory(kind, memory):
     assert bool(solution.converged.all())
     close(solution.final, plain.final, 1e-7)
     if memory > 2:
-        assert bool((solution.depth < plain.depth).all())
+        assert bool((solution.depth <= plain.depth).all()) and int(solution.depth.sum()) < int(plain.depth.sum())
+
+
+@pytest.mark.parametrize("memory", [4, 30])
+def test_a_full_memory_does_not_lose_the_way(memory):
+    """Where f contracts, more steps than Broyden's memory has room for lead to the steady state all the same."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    x = torch.randn(16, 40, generator=generator, dtype=torch.float64)
+    equation = nde.SteadyState(lambda z, x: torch.tanh(0.98 * z @ matrix + 0.3 * x))
+    given = {"args": x, "rtol": 1e-8, "atol": 1e-9}
+    solution = nde.solve(equation, torch.zeros_like(x), solver=nde.solvers.Broyden(memory=memory), **given)
+    assert bool(solution.converged.all()) and int(solution.depth.max()) > memory + 1
+    close(solution.final, nde.solve(equation, torch.zeros_like(x), solver="fixed_point", **given).final, 1e-6)
 
 
 @pytest.mark.parametrize("kind", [nde.solvers.Broyden, nde.solvers.Newton])
