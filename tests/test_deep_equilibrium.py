@@ -341,6 +341,15 @@ def test_the_jacobian_is_estimated_without_bias():
     close(f.w.weight.grad, by_hand, 0.2)
 
 
+@pytest.mark.parametrize("penalty", [reg.EquilibriumJacobian, reg.Skip, reg.Contraction])
+def test_the_weight_is_the_first_argument(penalty):
+    assert penalty(0.1).weight == 0.1 and penalty().weight == 1.0
+    if penalty is reg.EquilibriumJacobian:
+        assert penalty(0.1).probability == 1.0
+        with refused(TypeError, "positional"):
+            penalty(0.1, 0.5)
+
+
 def test_the_jacobian_is_applied_with_a_probability():
     layer = nde.DeepEquilibrium(Block(), solver="anderson")
     layer(inputs())

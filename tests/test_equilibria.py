@@ -222,6 +222,18 @@ def test_the_iterations_own_loop_does_what_the_general_one_does(solver, control,
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("adjoint", STEADY)
+def test_a_gradient_that_reaches_nothing_is_none(adjoint):
+    """Without parameters or inputs that want one; f's derivative by z alone is none of the steady state."""
+    given = {"solver": "fixed_point", "adjoint": adjoint}
+    x = torch.ones(2, 1, requires_grad=True)
+    for f in (lambda z, x: 0.5 * z + 1.0, lambda z, x: 0.5 * z + x.detach()):
+        assert not nde.solve(nde.SteadyState(f), zeros(2, 1), args=x, **given).final.requires_grad
+    wanted = nde.solve(nde.SteadyState(lambda z, x: 0.5 * z + x), zeros(2, 1), args=x * 1.0, **given).final
+    (gradient,) = torch.autograd.grad(wanted.sum(), x)
+    assert bool((gradient >= 1.0).all())
+
+
 def test_an_horizon_of_the_same_equation():
     """n steps of Euler with dt = 1 on [0, n] are n iterates."""
     f, x = Map(), inputs()

@@ -110,6 +110,22 @@ def test_training_continues_on_the_others(adjoint, bad):
     torch.testing.assert_close(together, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "newton", "tsit5"])
+@pytest.mark.parametrize("big", [torch.inf, 1e38])
+def test_a_sample_that_overflows_at_once_is_reported_alone(solver, big):
+    x = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
+    x[2] = big
+    x.requires_grad_()
+    with pytest.warns(nde.SolveWarning, match="1 of 6 samples"):
+        solution = nde.solve(nde.SteadyState(lambda z, x: 10.0 * (0.05 * z + x)), torch.zeros(6, 2), args=x, solver=solver)
+    others = [0, 1, 3, 4, 5]
+    assert solution.status[2] == Status.NON_FINITE and bool(solution.converged[others].all())
+    torch.testing.assert_close(solution.final[others], 20.0 * x[others], rtol=5e-3, atol=1e-3)
+    (gradient,) = torch.autograd.grad(solution.final[others].sum(), x)
+    torch.testing.assert_close(gradient[others], torch.full((5, 2), 20.0), rtol=1e-3, atol=0.0)
+    assert not bool(gradient[2].any())
+
+
 def test_a_lost_sample_hands_no_gradient_on():
     args = everyone().requires_grad_()
     with pytest.warns(nde.SolveWarning):
