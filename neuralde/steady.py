@@ -19,13 +19,13 @@ from .adjoints import Adjoint
 from .control import StepControl
 from .equations import SteadyState
 from .equilibrium import Equilibrium
-from .errors import NeuralDEError, SolveWarning
+from .errors import NeuralDEError, SolveWarning, Status
 from .field import Field, full_precision, modules
 from .outputs import Outputs
 from .problem import Problem
 from .solvers import Solver
 from .state import Layout
-from .termination import Rest
+from .termination import Rest, Unrolled, kept
 from .unsettled import unsettled
 
 MAX_STEPS, MAX_ITERATIONS = 4096, 1000
@@ -177,7 +177,12 @@ def _report(problem: Problem, trajectory, on_failure: str):
     if on_failure == "ignore" or trajectory.complete:
         return
     rest, batch = problem.rest, problem.field.layout.batch
-    figures = (trajectory.status, rest.residual, trajectory.reached, trajectory.counts.accepted, problem.end)
+    status = trajectory.status
+    if isinstance(rest.termination, Unrolled):  # only who was lost did not get where it should
+        status = torch.where(kept(status), int(Status.SUCCESS), status)
+        if not bool(status.any()):
+            return
+    figures = (status, rest.residual, trajectory.reached, trajectory.counts.accepted, problem.end)
     figures, precision = (x.expand(batch) for x in figures), problem.field.precision
     error = unsettled(*figures, rest.termination, problem.joint, problem.solver, precision)
     if on_failure == "raise":

@@ -119,6 +119,21 @@ class Termination:
         return self.atol if self.mode == "absolute" else self.rtol
 
 
+class Unrolled(Termination):
+    """Nothing is ever at rest, nor lost: so many steps are made as the horizon has room for."""
+
+    @property
+    def tolerance(self) -> float:
+        """None is small enough."""
+        return -math.inf
+
+    @classmethod
+    def of(cls, termination: Termination) -> Unrolled:
+        """The one with that mode and norm."""
+        given = {name: getattr(termination, name) for name in ("mode", "rtol", "atol", "norm")}
+        return cls(**given, best=False, divergence=None, patience=None)
+
+
 def get(termination: str | Termination | None) -> Termination:
     """The termination of that mode, the termination itself, or the default.
 
@@ -247,7 +262,8 @@ class Rest:
         self.started = None
         with torch.no_grad():
             size, figure, scale = self._measure(None, z, slope)
-        self.started = None if scale is None else (size, torch.maximum(size, scale))
+        free = scale is None or isinstance(self.termination, Unrolled)  # of what a state that runs away is held to
+        self.started = None if free else (size, torch.maximum(size, scale))
         self.first = self.residual = self.least = figure
         self.best = self.before = z
         self.converged = torch.zeros_like(figure, dtype=torch.bool)

@@ -57,9 +57,10 @@ def unsettled(
         f"{kind.name.lower()}: {_advice(kind, left, at_end, termination, solver)}"
         for kind, left, at_end in zip(kinds, columns[0], bounded, strict=True)
     ]
+    limit = f"converged up to {tolerance:.3g}" if tolerance > 0.0 else "steps unrolled"
     error = NotConverged(
         f"{count} did not reach a steady state with solver {solver.name!r} (residual by mode {termination.mode!r}, "
-        f"converged up to {tolerance:.3g}).\n" + "\n".join(lines) + f"\n{'; '.join(dict.fromkeys(said))}."
+        f"{limit}).\n" + "\n".join(lines) + f"\n{'; '.join(dict.fromkeys(said))}."
         f"{_of_rounding(columns[0], termination, precision)}",
         failed,
         columns[1],
@@ -109,7 +110,7 @@ def _of_rounding(residuals: Sequence[float], termination: Termination, precision
     if termination.mode == "absolute" or termination.tolerance > tolerance or min(residuals) > noise:
         return ""
     return (
-        f" f computes in {precision}, whose precision is {eps:.2g}: residuals near that are rounding, and a tolerance of "
-        f"{termination.tolerance:.2g} is hard to meet. Use rtol={tolerance:.1g} or more, or compute f in a wider dtype "
-        "(a wider state, or no autocast)."
+        f" f computes in {precision}, whose precision is {eps:.2g}: residuals near that are rounding, and a tolerance "
+        f"of {termination.tolerance:.2g} is hard to meet. Use rtol={tolerance:.1g} or more, or compute f in a wider "
+        "dtype (a wider state, or no autocast)."
     )

@@ -117,7 +117,9 @@ def test_a_sample_that_overflows_at_once_is_reported_alone(solver, big):
     x[2] = big
     x.requires_grad_()
     with pytest.warns(nde.SolveWarning, match="1 of 6 samples"):
-        solution = nde.solve(nde.SteadyState(lambda z, x: 10.0 * (0.05 * z + x)), torch.zeros(6, 2), args=x, solver=solver)
+        solution = nde.solve(
+            nde.SteadyState(lambda z, x: 10.0 * (0.05 * z + x)), torch.zeros(6, 2), args=x, solver=solver
+        )
     others = [0, 1, 3, 4, 5]
     assert solution.status[2] == Status.NON_FINITE and bool(solution.converged[others].all())
     torch.testing.assert_close(solution.final[others], 20.0 * x[others], rtol=5e-3, atol=1e-3)

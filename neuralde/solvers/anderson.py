@@ -33,8 +33,8 @@ class Anderson(Iteration):
     """
 
     remedy = (
-        "Take solver='broyden', 'fixed_point' where the map contracts, 'newton' (dear, but it depends least on the map), "
-        "or one for ODEs ('tsit5')"
+        "Take solver='broyden', 'fixed_point' where the map contracts, 'newton' (dear, but it depends least on the "
+        "map), or one for ODEs ('tsit5')"
     )
 
     def __init__(self, memory: int = 5, beta: float = 1.0, regularization: float | None = None, name: str = "anderson"):

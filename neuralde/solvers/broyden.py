@@ -32,8 +32,8 @@ class Broyden(Iteration):
     """
 
     remedy = (
-        "Take more memory (nde.solvers.Broyden(memory=100)), solver='anderson', 'newton' (dear, but it depends least on "
-        "the map), 'fixed_point' where the map contracts, or one for ODEs ('tsit5')"
+        "Take more memory (nde.solvers.Broyden(memory=100)), solver='anderson', 'newton' (dear, but it depends least "
+        "on the map), 'fixed_point' where the map contracts, or one for ODEs ('tsit5')"
     )
 
     def __init__(self, memory: int = 30, line_search: bool = False, name: str = "broyden"):
