@@ -50,13 +50,12 @@ _MESSAGES = {
     ),
     Status.NOT_CONVERGED: (
         "the residual stays above the tolerance without getting smaller, or the bound t of the horizon was reached "
-        "first. Raise t, loosen rtol/atol (or nde.Termination's), use a float64 state if the tolerance is near the "
-        "precision of the present one, or make the map more contractive (regularizers.EquilibriumJacobian)"
+        "first. Raise t, loosen rtol/atol (or nde.Termination's), take another solver, or make the map more "
+        "contractive (regularizers.EquilibriumJacobian)"
     ),
     Status.DIVERGED: (
-        "the residual grew without bound: the map expands there, or has no fixed point. Use damping "
-        "(nde.solvers.FixedPoint(damping=0.5)), solver='anderson', 'newton' or an ODE solver ('tsit5', or 'rodas5p' "
-        "for a stiff one); make the map contractive (regularizers.EquilibriumJacobian, weight or spectral "
+        "the residual grew without bound: the map expands there, or has no fixed point, or the solver has lost its "
+        "way. Take another solver, make the map contractive (regularizers.EquilibriumJacobian, weight or spectral "
         "normalization), or start nearer to the steady state"
     ),
 }
@@ -119,7 +118,7 @@ _TYPES = {
     Status.DIVERGED: NotConverged,
 }
 
-_SHOWN = 5  # samples described one by one in a message; the rest are counted
+SHOWN = 5  # samples described one by one in a message; the rest are counted
 
 
 def failure(
@@ -147,14 +146,14 @@ def failure(
     columns = [(missing if x is None else x).detach().double()[failed].tolist() for x in (t, dt, error, stiffness)]
     kinds = [Status(int(status[i])) for i in failed]
     lines = []
-    for i, kind, at, h, ratio, stiff in list(zip(failed, kinds, *columns, strict=True))[: 1 if joint else _SHOWN]:
+    for i, kind, at, h, ratio, stiff in list(zip(failed, kinds, *columns, strict=True))[: 1 if joint else SHOWN]:
         who = "the batch (joint control)" if joint else f"sample {i}"
         lines.append(
             f"  {who}: {kind.name.lower()} at t = {at:.9g}, dt = {h:.4g}, "
-            f"error ratio = {_number(ratio, error is None)}, stiffness = {_number(stiff, stiffness is None)}"
+            f"error ratio = {number(ratio, error is None)}, stiffness = {number(stiff, stiffness is None)}"
         )
-    if not joint and len(failed) > _SHOWN:
-        lines.append(f"  and {len(failed) - _SHOWN} more")
+    if not joint and len(failed) > SHOWN:
+        lines.append(f"  and {len(failed) - SHOWN} more")
     count = "the solve" if joint else f"{len(failed)} of {len(status)} samples"
     stiff = _stiff(kinds, columns, solver, stability_size)
     # A budget that ran out needs no other explanations then.
@@ -203,55 +202,8 @@ def _stiff(kinds: list[Status], columns: list[list[float]], solver: str, stabili
     )
 
 
-def _number(value: float, missing: bool) -> str:
+def number(value: float, missing: bool = False) -> str:
+    """A figure as messages have it."""
     if missing:
         return "no estimate with this solver"
     return f"{value:.4g}" if math.isfinite(value) else "not finite"
-
-
-_UNSETTLED = {
-    Status.MAX_STEPS: (
-        "max_steps ran out before the residual was within the tolerance. Where the ratio of successive residuals "
-        "(solution.steps.stiffness) is near 1 the map hardly contracts: take solver='anderson', 'broyden' or 'newton', "
-        "or raise max_steps; loosen rtol/atol (or nde.Termination's); or make the map more contractive "
-        "(regularizers.EquilibriumJacobian)"
-    ),
-    Status.NON_FINITE: (
-        "f returned NaN or infinity, or the state overflowed. Look at f near that state: a log or square root outside "
-        "its domain, a division by zero, an output that grows without bound. Try a bounded activation (tanh), damping, "
-        "another start, or check the input and the parameters for NaN"
-    ),
-}
-
-
-def unsettled(status, residual, t, depth, termination, joint: bool, solver) -> NotConverged:
-    """The error that describes the samples that did not come to rest.
-
-    Args:
-        status, residual, t, depth: [batch], of each sample when it stopped; depth in accepted steps.
-        termination: by which they would have converged.
-        joint: whether the batch ends as one.
-        solver: of the solve.
-    """
-    failed = torch.nonzero(status != Status.SUCCESS).flatten().tolist()
-    columns = [x.detach().double()[failed].tolist() for x in (residual, t, depth)]
-    kinds = [Status(int(status[i])) for i in failed]
-    tolerance = termination.tolerance
-    lines = []
-    for i, kind, left, at, deep in list(zip(failed, kinds, *columns, strict=True))[: 1 if joint else _SHOWN]:
-        who = "the batch (joint control)" if joint else f"sample {i}"
-        where = "" if solver.discrete else f", at t = {at:.6g}"
-        lines.append(f"  {who}: {kind.name.lower()} after {int(deep)} steps{where}, residual = {_number(left, False)}")
-    if not joint and len(failed) > _SHOWN:
-        lines.append(f"  and {len(failed) - _SHOWN} more")
-    count = "the batch" if joint else f"{len(failed)} of {len(status)} samples"
-    said = {kind: _UNSETTLED.get(kind, _MESSAGES[kind]) for kind in dict.fromkeys(kinds)}
-    advice = "; ".join(f"{kind.name.lower()}: {text}" for kind, text in said.items())
-    error = NotConverged(
-        f"{count} did not reach a steady state with solver {solver.name!r} (residual by mode {termination.mode!r}, "
-        f"converged up to {tolerance:.3g}).\n" + "\n".join(lines) + f"\n{advice}.",
-        failed,
-        columns[1],
-    )
-    error.residual, error.tolerance = columns[0], tolerance
-    return error

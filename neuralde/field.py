@@ -160,7 +160,8 @@ class Field:
             t_other: other times of the horizon, shaped like t.
         """
         before, version = _generator_states(self.layout.device), _version(z)
-        slope, everything = self._checked(self.times(t)[0], z)
+        with self._told_of_a_missing_batch():
+            slope, everything = self._checked(self.times(t)[0], z)
         if _version(z) != version:
             raise ValueError(
                 "f changes its argument z in place, which changes the solution itself; let it work on new tensors "
@@ -173,6 +174,24 @@ class Field:
             self._check_independence(t, z.detach(), everything.detach(), t_other)
         self.fill(t, z)
         return slope
+
+    @contextlib.contextmanager
+    def _told_of_a_missing_batch(self) -> Iterator[None]:
+        """Errors of f on a z0 of one dimension say what that means: each of its numbers is a sample."""
+        try:
+            yield
+        except Exception as error:
+            if self.layout.tree is not None or self.layout.shapes[0]:
+                raise
+            said = (
+                f"z0 has one dimension, the batch's: it is {self.layout.batch} samples of one number each. If it is "
+                "one sample, pass z0[None]"
+            )
+            if type(error) is ValueError:
+                raise ValueError(f"{error}. But {said}, and args likewise") from error
+            if hasattr(error, "add_note"):  # of f's own, or of torch's
+                error.add_note(said)
+            raise
 
     def fill(self, t: Tensor, z: Tensor):
         """Says where the samples stand that are evaluated only because f wants the whole batch."""
@@ -194,9 +213,8 @@ class Field:
         # The same kernels on the same shapes: what a sample gets is the same to the last digits, or it is mixed.
         if _differ(other[:-1], slope[:-1], 64 * torch.finfo(self.layout.dtype).eps):
             found = "f gives a sample another derivative when another sample changes"
-            if not any(map(len, self.layout.shapes)):
-                found += f"; z0 of shape [{len(z)}] is a batch of {len(z)} numbers, z0[None] is one sample of {len(z)}"
-            raise ValueError(mixing_message(found, self._linearized))
+            with self._told_of_a_missing_batch():
+                raise ValueError(mixing_message(found, self._linearized))
         unchanged = transforms.physical(other[-1] == slope[-1])
         if not bool(unchanged.all()):  # an f that answers to nothing has not shown its independence
             _remember_independent(self.equation.f, self.joint)
@@ -677,8 +695,11 @@ def _modes(f) -> tuple[tuple[type, bool], ...]:
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two derivatives differ by more than a part of the sample's largest; NaN in both is no difference."""
-    change = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), a - b).abs().amax(dim=1)
+    """Whether two derivatives differ by more than a part of the sample's largest; NaN in both is no difference.
+
+    Nor is the same infinity.
+    """
+    change = torch.where((a == b) | (a.isnan() & b.isnan()), torch.zeros_like(a), a - b).abs().amax(dim=1)
     # Sample by sample: beside one with large derivatives, a difference in the others must not look small.
     scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().amax(dim=1)
     return not bool(transforms.physical(change <= tolerance * scale).all())

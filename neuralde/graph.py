@@ -22,6 +22,12 @@ def behind(values: Iterable[Tensor], stops: Iterable = ()) -> Iterator:
         todo.extend(parent for parent, _ in node.next_functions)
 
 
+def depends(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a gradient of the value reaches anything but one leaf, from which it is computed."""
+    nodes = behind([value])
+    return any(not any(n for n, _ in x.next_functions) and getattr(x, "variable", None) is not leaf for x in nodes)
+
+
 def without_gradient(value: Tensor, like: Sequence[Tensor], message: str) -> Tensor:
     """The value, as a part of the graph that some tensors belong to; to differentiate it raises NeuralDEError.
 

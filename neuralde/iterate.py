@@ -7,7 +7,6 @@ which make a `Stretch` of steps at a time.
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -215,7 +214,7 @@ class _Iterating:
         self.z, self.slope = z0, slope.to(z0.dtype)
         self.memory = None if steps is None else self.solver.start(self.z, self.slope)
         self.attempts = self.since = 0
-        self.recent: collections.deque[Tensor] = collections.deque(maxlen=self.termination.patience or 1)
+        self.recent = _termination.Recent(self.termination)
         self.taken: list[Taken] = []
         codes = self.rest.begin(z0, self.slope)
         # Of all; groups are put down here when there is no way around it, or at the end.
@@ -262,7 +261,7 @@ class _Iterating:
         self._remember(self.attempts - 1, start, moved.figure)
         if moved.work is not None:
             self._count(moved.work)
-        stalled = self._stalled(moved.figure)
+        stalled = self._stalled()
         further, any_ended = moved.flags.tolist()
         whole = self.left == len(self.open)
         if whole and not any_ended and stalled is None and not (further and self.termination.best):
@@ -287,7 +286,7 @@ class _Iterating:
         self.field.calls += found.made
         for k in range(found.made):
             self._remember(before + k, None if found.starts is None else found.starts[k], found.figures[k])
-        self._end(found.watched, self._stalled(found.ends.last))
+        self._end(found.watched, self._stalled())
 
     def _remember(self, number: int, start: Tensor | None, figure: Tensor):
         self.taken.append(Taken(number, self.rows, start if self.problem.keep is None else None, figure))
@@ -302,9 +301,9 @@ class _Iterating:
         t = torch.full_like(start, (self.attempts + 1) * self.solver.step_size) + start
         return self.field.times(t if self.rows is None or self.joint else t.index_select(0, self.rows))[0]
 
-    def _stalled(self, figure: Tensor) -> Tensor | None:
+    def _stalled(self) -> Tensor | None:
         """Who has, [groups], at the steps at which it is looked for; None at the others."""
-        return _termination.stalled(self.termination, self.recent, figure, self.attempts)
+        return self.recent.stalled(self.attempts)
 
     def _end(self, watched: Watched, stalled: Tensor | None):
         """Takes in who still goes on, and puts down who was lost or has stalled, [groups]."""
@@ -382,7 +381,7 @@ class _Iterating:
         self.z, self.slope, self.open = (x.index_select(0, staying) for x in (self.z, self.slope, self.open))
         self.memory = self.memory and self.memory.on(staying)
         self.watched, self.ends = self.watched.on(staying), self.ends.on(staying)
-        self.recent = collections.deque((x.index_select(0, staying) for x in self.recent), self.recent.maxlen)
+        self.recent = self.recent.on(staying)
         self.since = self.attempts
 
 

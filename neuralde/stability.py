@@ -55,7 +55,16 @@ class Anchored:
 
 
 def end(solution: Solution, z: Tensor | None = None) -> End:
-    """Where a solution ended; z: other states of it, [batch, features]."""
+    """Where a solution ended; z: other states of it, [batch, features].
+
+    Raises:
+        ValueError: it is one on a horizon, which ends where t does.
+    """
+    if solution.residual is None:
+        raise ValueError(
+            "this is of steady states, which a DeepEquilibrium or solve(SteadyState(f), ...) finds, and the solution "
+            "is one on a horizon (of a NeuralODE?)"
+        )
     fine = kept(solution.status)
     rows = None if bool(fine.all()) else fine.nonzero().flatten()
     trajectory = solution._outcome.trajectory
@@ -101,7 +110,7 @@ def spectral_radius(solution: Solution, iterations: int = 100, generator: torch.
         [batch]; NaN for samples that got lost (see `Equilibrium`).
 
     Raises:
-        ValueError: iterations is less than 2.
+        ValueError: iterations is less than 2, or the solution is one on a horizon.
     """
     if iterations < 2:
         raise ValueError(f"iterations must be at least 2, got {iterations}")

@@ -19,15 +19,17 @@ from .adjoints import Adjoint
 from .control import StepControl
 from .equations import SteadyState
 from .equilibrium import Equilibrium
-from .errors import NeuralDEError, SolveWarning, unsettled
+from .errors import NeuralDEError, SolveWarning, Status
 from .field import Field, full_precision, modules
 from .outputs import Outputs
 from .problem import Problem
 from .solvers import Solver
 from .state import Layout
-from .termination import Rest
+from .termination import Rest, Unrolled, kept
+from .unsettled import unsettled
 
 MAX_STEPS, MAX_ITERATIONS = 4096, 1000
+_LARGEST = 1e-3  # times the largest number there is: a step size that overflows is not brought back by any factor
 
 
 def solve(
@@ -68,6 +70,8 @@ def solve(
     _control.check_sizes(dt0, *bounds)
     if not control.adaptive:
         _control.refuse_bounds(*bounds)
+    elif bounds[1] is None:
+        bounds = bounds[0], max(_LARGEST * torch.finfo(layout.time_dtype).max, bounds[0] or 0.0)
     joint = not control.per_sample
     norm = _control.norm(*tolerances, control, layout)
     settling = _termination.get(termination).within(norm.rtol, norm.atol)
@@ -173,8 +177,14 @@ def _report(problem: Problem, trajectory, on_failure: str):
     if on_failure == "ignore" or trajectory.complete:
         return
     rest, batch = problem.rest, problem.field.layout.batch
-    figures = (trajectory.status, rest.residual, trajectory.reached, trajectory.counts.accepted)
-    error = unsettled(*(x.expand(batch) for x in figures), rest.termination, problem.joint, problem.solver)
+    status = trajectory.status
+    if isinstance(rest.termination, Unrolled):  # only who was lost did not get where it should
+        status = torch.where(kept(status), int(Status.SUCCESS), status)
+        if not bool(status.any()):
+            return
+    figures = (status, rest.residual, trajectory.reached, trajectory.counts.accepted, problem.end)
+    figures, precision = (x.expand(batch) for x in figures), problem.field.precision
+    error = unsettled(*figures, rest.termination, problem.joint, problem.solver, precision)
     if on_failure == "raise":
         raise error
     warnings.warn(str(error), SolveWarning, stacklevel=5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import math
 import numbers
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,8 @@ from .control import check_tolerance, rms
 from .errors import Status
 
 _MODES = ("norm", "relative", "absolute")
-_CLOSE, _FLAT = 3.0, 1.3  # a residual that stalls: within so many tolerances, and within such a factor of its least
+CLOSE, _FLAT = 3.0, 1.3  # a residual that stalls: within so many tolerances, and within such a factor of its least
+FAR = 10  # times the patience: how old the least residual of a sample may be that is anywhere
 _LOOK_EVERY = 8  # steps between two looks for a stall
 GOING = -1  # the code of a sample that goes on
 
@@ -44,14 +44,19 @@ class Termination:
         best: what a sample ends with that did not converge: the iterate with the least residual, or the last one.
         divergence: a sample whose ‖f(z) - z‖ is above so many times that of the start has diverged; None lets it go
             on. (A residual that is not finite always ends it.)
-        patience: a sample has stalled whose residual is within 3 tolerances, and has stayed within a factor of 1.3 for
-            so many steps (looked for at every 8th step); None lets it go on.
+        patience: a sample has stalled whose residual is within 3 tolerances and flat: for so many steps it has stayed
+            within a factor of 1.3, and has not fallen by the fraction `fall`. It also has stalled, wherever it is,
+            after 10 times as many steps without a new least residual. Both are looked for at every 8th step; None lets
+            it go on.
+        fall: the fraction by which a flat residual must have fallen in `patience` steps to go on, in [0, 1): what needs
+            10,000 steps falls by 2 % in 30. With 0.25 or more nothing that is flat goes on, as in the papers' code.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
 
-    Source: SteadyStateDiffEq.jl and NonlinearSolve.jl's Norm and SafeBest modes. The stall test is the original one of
-    the papers' code, max < 1.3·min; later versions have turned it into one that always holds.
+    Source: SteadyStateDiffEq.jl and NonlinearSolve.jl's Norm and SafeBest modes. What is flat is the original test of
+    the papers' code, max < 1.3·min, which ends slow contractions too (hence `fall`); later versions have turned it into
+    one that always holds.
     """
 
     mode: str = "norm"
@@ -61,6 +66,7 @@ class Termination:
     best: bool = True
     divergence: float | None = 1e6
     patience: int | None = 30
+    fall: float = 1e-3
 
     def __post_init__(self):
         if self.mode not in _MODES:
@@ -82,6 +88,10 @@ class Termination:
                 raise TypeError(f"patience must be an integer or None, got {type(self.patience).__name__}")
             if self.patience < 2:
                 raise ValueError(f"patience must be at least 2, or None, got {self.patience}")
+        if not isinstance(self.fall, numbers.Real) or isinstance(self.fall, bool):
+            raise TypeError(f"fall must be a number, got {type(self.fall).__name__}")
+        if not 0.0 <= self.fall < 1.0:
+            raise ValueError(f"fall must be in [0, 1), got {self.fall}")
 
     def within(self, rtol, atol) -> Termination:
         """The same with a solve's tolerances where it has none of its own.
@@ -113,6 +123,21 @@ class Termination:
         if self.patience is None:
             return None
         return -(-max(self.patience, attempts + 1) // _LOOK_EVERY) * _LOOK_EVERY - attempts
+
+
+class Unrolled(Termination):
+    """Nothing is ever at rest, nor lost: so many steps are made as the horizon has room for."""
+
+    @property
+    def tolerance(self) -> float:
+        """None is small enough."""
+        return -math.inf
+
+    @classmethod
+    def of(cls, termination: Termination) -> Unrolled:
+        """The one with that mode and norm."""
+        given = {name: getattr(termination, name) for name in ("mode", "rtol", "atol", "norm")}
+        return cls(**given, best=False, divergence=None, patience=None)
 
 
 def get(termination: str | Termination | None) -> Termination:
@@ -164,21 +189,60 @@ def measure(
     return size, torch.where(bound < scale, known / bound, size / scale), scale
 
 
-def stalled(t: Termination, recent: Iterable[Tensor], figure: Tensor, attempt: int) -> Tensor | None:
-    """Whose residuals no longer fall, [groups]; None where it is not the time to look.
+class Recent:
+    """The last residuals of a solve, and how old the least ones are.
 
     Args:
-        t: with its tolerances. recent: the last residuals, `figure` among them, [groups]; NaN where a sample has none.
-        figure: the last ones. attempt: which one of the solve it is.
+        termination: with its tolerances.
     """
-    if t.patience is None or attempt < t.patience or attempt % _LOOK_EVERY:
-        return None
-    recent = torch.stack(list(recent))
-    known = ~recent.isnan()
-    high = torch.where(known, recent, -math.inf).amax(dim=0)
-    low = torch.where(known, recent, math.inf).amin(dim=0)
-    full = known.sum(dim=0) >= min(t.patience, len(recent))
-    return full & (figure <= _CLOSE * t.tolerance) & (high < _FLAT * low)
+
+    def __init__(self, termination: Termination):
+        self.termination = termination
+        # Two looks may lie further apart than usual where nobody's step was accepted.
+        self._figures: collections.deque[Tensor] = collections.deque(
+            maxlen=max(termination.patience or 0, 2 * _LOOK_EVERY)
+        )
+        self._least: tuple[Tensor, Tensor] | None = None  # residuals, and when they were seen to be new, [groups]
+
+    def append(self, figure: Tensor):
+        """Takes in those of a step, [groups]; NaN where a sample has none."""
+        self._figures.append(figure)
+
+    def on(self, index: Tensor) -> Recent:
+        """The same for some of the groups."""
+        part = Recent(self.termination)
+        part._figures.extend(x.index_select(0, index) for x in self._figures)
+        part._least = self._least and tuple(x.index_select(0, index) for x in self._least)
+        return part
+
+    def stalled(self, attempt: int) -> Tensor | None:
+        """Whose residuals no longer fall, [groups]; None where it is not the time to look.
+
+        Args:
+            attempt: which one of the solve was the last.
+        """
+        t = self.termination
+        if t.patience is None or attempt < t.patience or attempt % _LOOK_EVERY:
+            return None
+        figures = torch.stack(list(self._figures))
+        known = ~figures.isnan()
+        lows = torch.where(known, figures, math.inf)
+        old = attempt - self._seen(lows.amin(dim=0), attempt) >= FAR * t.patience
+        figures, known, lows = (x[-t.patience :] for x in (figures, known, lows))
+        high, low = torch.where(known, figures, -math.inf).amax(dim=0), lows.amin(dim=0)
+        # Written so that a sample without one of the two goes by the rest.
+        falling = figures[-1] <= (1.0 - t.fall) * figures[0]
+        full = known.sum(dim=0) >= min(t.patience, len(figures))
+        return (full & (figures[-1] <= CLOSE * t.tolerance) & (high < _FLAT * low) & ~falling) | old
+
+    def _seen(self, low: Tensor, attempt: int) -> Tensor:
+        """When the least residuals were new, [groups], if those since the last look are these."""
+        now = torch.full_like(low, attempt)
+        if self._least is not None:
+            least, when = self._least
+            low, now = torch.minimum(low, least), torch.where(low < least, now, when)
+        self._least = low, now
+        return now
 
 
 class Rest:
@@ -197,14 +261,15 @@ class Rest:
     def __init__(self, termination: Termination, joint: bool):
         self.termination, self.joint = termination, joint
         self.started: tuple[Tensor, Tensor] | None = None
-        self._recent: collections.deque[Tensor] = collections.deque(maxlen=termination.patience or 1)
+        self._recent = Recent(termination)
 
     def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
         """Takes in the start. Returns the codes of `look`."""
         self.started = None
         with torch.no_grad():
             size, figure, scale = self._measure(None, z, slope)
-        self.started = None if scale is None else (size, torch.maximum(size, scale))
+        free = scale is None or isinstance(self.termination, Unrolled)  # of what a state that runs away is held to
+        self.started = None if free else (size, torch.maximum(size, scale))
         self.first = self.residual = self.least = figure
         self.best = self.before = z
         self.converged = torch.zeros_like(figure, dtype=torch.bool)
@@ -244,8 +309,8 @@ class Rest:
             ended = ok & ((figure <= t.tolerance) | ~(size <= limit))
             if t.patience is not None:
                 self._recent.append(self._put(torch.full_like(self.first, math.nan), rows, figure, ok))
-            still = stalled(t, (self._of(x, rows) for x in self._recent), figure, attempt)
-            still = None if still is None else ok & still
+            still = self._recent.stalled(attempt)
+            still = None if still is None else ok & self._of(still, rows)
             ended = ended if still is None else ended | still
             # One look at the device for both.
             all_better, any_ended = torch.stack([better.all(), ended.any()]).tolist()

@@ -19,9 +19,9 @@ class EquilibriumJacobian(Regularizer):
     One evaluation of f, and one backward pass for every sample of ε.
 
     Args:
+        weight: a number or a schedule.
         probability: with which it is applied at a call; else it is 0 and costs nothing.
         samples: of ε.
-        weight: a number or a schedule.
         through_state: whether the gradient also flows into z*. The published code cuts it.
         generator: a torch.Generator to draw from.
 
@@ -36,9 +36,10 @@ class EquilibriumJacobian(Regularizer):
 
     def __init__(
         self,
+        weight: float | Schedule = 1.0,
+        *,
         probability: float = 1.0,
         samples: int = 1,
-        weight: float | Schedule = 1.0,
         through_state: bool = False,
         generator: torch.Generator | None = None,
     ):
@@ -97,6 +98,8 @@ class Skip(Regularizer):
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
+        if solution.residual is None:
+            raise ValueError("Skip trains the start of a steady state, and this solution is one on a horizon")
         starts, ends = (torch.utils._pytree.tree_leaves(z) for z in (solution.initial, solution.final))
         parts = [x - (y.detach() if self.detach_target else y) for x, y in zip(starts, ends, strict=True)]
         return torch.cat([part.abs().reshape(len(part), -1) for part in parts], dim=1).mean(dim=1)

@@ -9,6 +9,7 @@ from helpers import close, refused
 from scipy import stats
 
 import neuralde as nde
+from neuralde import hashing
 
 DTYPES = [torch.float64, torch.float32]
 POINTS = {
@@ -224,3 +225,13 @@ def test_the_paths_of_a_solution_end_with_its_horizon():
     for t in (1.5, [0.5, 2.0], -0.1):
         with refused(ValueError, "t must lie on the horizon", "from 0 to 1"):
             solution.brownian(t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_programs_draw_the_same_numbers(dtype):
+    integers = torch.randint(-(2**62), 2**62, (20000,), generator=torch.Generator().manual_seed(1))
+    found = torch.stack(hashing.traced_normals(integers, dtype))
+    same_to = {torch.float32: 3e-6, torch.float64: 1e-14}[dtype]  # float32 has polynomials there
+    torch.testing.assert_close(found, hashing.normals(integers.clone(), dtype), rtol=0, atol=same_to)
+    ends = torch.tensor([2.0**-33, 1e-3, 0.75, 1.0 - 2.0**-24, 1.0])  # the least and the largest that there are
+    torch.testing.assert_close(hashing._log(ends), ends.log(), rtol=3e-7, atol=0)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -113,23 +114,53 @@ def test_pretraining_unrolls_and_ends():
     found = torch.autograd.grad(z.square().sum(), list(f.parameters()))
     for g, e in zip(found, torch.autograd.grad(expected.square().sum(), list(f.parameters())), strict=True):
         torch.testing.assert_close(g, e)
-    assert bool((layer.solution.stats.nfe == 3).all()) and layer.solution.residual is None
-    assert bool(reg.Skip()(layer) > 0) and bool(reg.EquilibriumJacobian()(layer) > 0)
+    solution = layer.solution
+    assert bool((solution.depth == 3).all()) and not bool(solution.converged.any())
+    residual = (f(z, x) - z).square().mean(dim=1).sqrt() / f(z, x).square().mean(dim=1).sqrt()
+    close(solution.residual, residual.detach(), 1e-5)
+    for penalty in (reg.Skip(), reg.EquilibriumJacobian(), reg.Contraction()):
+        assert bool(penalty(layer) > 0)
+    assert solution.steps.residual.shape[0] == 3
 
     memory = io.BytesIO()
     torch.save(layer.state_dict(), memory)
     layer.end_pretraining()
     layer(x)
-    assert isinstance(layer.solution, nde.Equilibrium)
+    assert bool(layer.solution.converged.all())
     ended = layer.state_dict()
     again = nde.DeepEquilibrium(Block(), solver="anderson", pretrain_depth=3, initial="first_step")
     again.load_state_dict(ended)
     again(x)
-    assert isinstance(again.solution, nde.Equilibrium)
+    assert bool(again.solution.converged.all())
     memory.seek(0)
     again.load_state_dict(torch.load(memory))
+    again.eval()
     again(x)
-    assert not isinstance(again.solution, nde.Equilibrium)
+    assert bool((again.solution.depth == 3).all())
+
+
+def test_pretraining_is_not_warned_of_but_of_what_is_lost():
+    layer = nde.DeepEquilibrium(lambda z, x: 0.5 * z + x, pretrain_depth=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.zeros(3, 2))  # at rest from the start: unrolled all the same
+    assert layer.solution.depth.tolist() == [2, 2, 2]
+    x = torch.tensor([[1.0], [torch.nan]])
+    with pytest.warns(nde.SolveWarning, match="sample 1: non_finite"):
+        layer(x)
+
+
+def test_a_missing_batch_dimension_is_named():
+    f, x = Block(), inputs()
+    for solver in ("anderson", "tsit5"):
+        with refused(ValueError, "sample alone", f"{D} samples of one number", "z0[None]"):
+            nde.DeepEquilibrium(f, solver=solver)(x[0])
+    with refused(ValueError, "z0[None]"):
+        nde.NeuralODE(nn.Linear(D, D))(x[0])
+    if hasattr(Exception, "add_note"):
+        with pytest.raises(IndexError) as caught:
+            nde.NeuralODE(lambda t, z: z[:, 0])(x[0])
+        assert any("z0[None]" in note for note in caught.value.__notes__)
 
 
 # -- what layers live with -----------------------------------------------------------------------------------------
@@ -339,6 +370,25 @@ def test_the_jacobian_is_estimated_without_bias():
     penalty(layer).backward()
     (by_hand,) = torch.autograd.grad(exact.mean(), f.w.weight)
     close(f.w.weight.grad, by_hand, 0.2)
+
+
+@pytest.mark.parametrize("penalty", [reg.EquilibriumJacobian, reg.Skip, reg.Contraction])
+def test_the_weight_is_the_first_argument(penalty):
+    assert penalty(0.1).weight == 0.1 and penalty().weight == 1.0
+    if penalty is reg.EquilibriumJacobian:
+        assert penalty(0.1).probability == 1.0
+        with refused(TypeError, "positional"):
+            penalty(0.1, 0.5)
+
+
+@pytest.mark.parametrize("penalty", [reg.EquilibriumJacobian(), reg.Skip(), reg.Contraction()])
+def test_what_is_of_steady_states_refuses_others(penalty):
+    layer = nde.NeuralODE(nn.Linear(D, D))
+    layer(inputs())
+    with refused(ValueError, "horizon"):
+        penalty(layer)
+    with refused(ValueError, "horizon"):
+        nde.introspection.spectral_radius(layer.solution)
 
 
 def test_the_jacobian_is_applied_with_a_probability():

@@ -222,6 +222,18 @@ def test_the_iterations_own_loop_does_what_the_general_one_does(solver, control,
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("adjoint", STEADY)
+def test_a_gradient_that_reaches_nothing_is_none(adjoint):
+    """Without parameters or inputs that want one; f's derivative by z alone is none of the steady state."""
+    given = {"solver": "fixed_point", "adjoint": adjoint}
+    x = torch.ones(2, 1, requires_grad=True)
+    for f in (lambda z, x: 0.5 * z + 1.0, lambda z, x: 0.5 * z + x.detach()):
+        assert not nde.solve(nde.SteadyState(f), zeros(2, 1), args=x, **given).final.requires_grad
+    wanted = nde.solve(nde.SteadyState(lambda z, x: 0.5 * z + x), zeros(2, 1), args=x * 1.0, **given).final
+    (gradient,) = torch.autograd.grad(wanted.sum(), x)
+    assert bool((gradient >= 1.0).all())
+
+
 def test_an_horizon_of_the_same_equation():
     """n steps of Euler with dt = 1 on [0, n] are n iterates."""
     f, x = Map(), inputs()
@@ -333,7 +345,20 @@ def test_limited_memory(kind, memory):
     assert bool(solution.converged.all())
     close(solution.final, plain.final, 1e-7)
     if memory > 2:
-        assert bool((solution.depth < plain.depth).all())
+        assert bool((solution.depth <= plain.depth).all()) and int(solution.depth.sum()) < int(plain.depth.sum())
+
+
+@pytest.mark.parametrize("memory", [4, 30])
+def test_a_full_memory_does_not_lose_the_way(memory):
+    """Where f contracts, more steps than Broyden's memory has room for lead to the steady state all the same."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    x = torch.randn(16, 40, generator=generator, dtype=torch.float64)
+    equation = nde.SteadyState(lambda z, x: torch.tanh(0.98 * z @ matrix + 0.3 * x))
+    given = {"args": x, "rtol": 1e-8, "atol": 1e-9}
+    solution = nde.solve(equation, torch.zeros_like(x), solver=nde.solvers.Broyden(memory=memory), **given)
+    assert bool(solution.converged.all()) and int(solution.depth.max()) > memory + 1
+    close(solution.final, nde.solve(equation, torch.zeros_like(x), solver="fixed_point", **given).final, 1e-6)
 
 
 @pytest.mark.parametrize("kind", [nde.solvers.Broyden, nde.solvers.Newton])

@@ -110,6 +110,24 @@ def test_training_continues_on_the_others(adjoint, bad):
     torch.testing.assert_close(together, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "newton", "tsit5"])
+@pytest.mark.parametrize("big", [torch.inf, 1e38])
+def test_a_sample_that_overflows_at_once_is_reported_alone(solver, big):
+    x = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
+    x[2] = big
+    x.requires_grad_()
+    with pytest.warns(nde.SolveWarning, match="1 of 6 samples"):
+        solution = nde.solve(
+            nde.SteadyState(lambda z, x: 10.0 * (0.05 * z + x)), torch.zeros(6, 2), args=x, solver=solver
+        )
+    others = [0, 1, 3, 4, 5]
+    assert solution.status[2] == Status.NON_FINITE and bool(solution.converged[others].all())
+    torch.testing.assert_close(solution.final[others], 20.0 * x[others], rtol=5e-3, atol=1e-3)
+    (gradient,) = torch.autograd.grad(solution.final[others].sum(), x)
+    torch.testing.assert_close(gradient[others], torch.full((5, 2), 20.0), rtol=1e-3, atol=0.0)
+    assert not bool(gradient[2].any())
+
+
 def test_a_lost_sample_hands_no_gradient_on():
     args = everyone().requires_grad_()
     with pytest.warns(nde.SolveWarning):
@@ -160,6 +178,55 @@ def test_a_stall_is_seen():
     patient = nde.Termination("absolute", atol=1e-3, patience=None)
     solution = nde.solve(equation, torch.zeros(1, 1, dtype=D), termination=patient, max_steps=100, **given)
     assert solution.status.tolist() == [Status.MAX_STEPS] and int(solution.depth) == 100
+
+
+@pytest.mark.parametrize("observer", [None, object()])
+def test_a_residual_that_falls_slowly_is_no_stall(observer):
+    """By 2 % in the 30 steps that are looked at; the papers' own test ends it."""
+    equation, z0 = nde.SteadyState(lambda z: 0.9993 * z + 1e-3), torch.zeros(1, 1, dtype=D)
+    given = {"solver": "fixed_point", "observer": observer}
+    solution = nde.solve(equation, z0, termination=nde.Termination("absolute", atol=7e-4), **given)
+    assert solution.converged.tolist() == [True] and int(solution.depth) == 510
+    of_papers = nde.Termination("absolute", atol=7e-4, fall=0.25)
+    with pytest.warns(nde.SolveWarning, match="patience=None"):
+        ended = nde.solve(equation, z0, termination=of_papers, **given)
+    assert ended.status.tolist() == [Status.NOT_CONVERGED] and int(ended.depth) == 32
+
+
+@pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden", "tsit5"])
+def test_a_residual_that_does_not_fall_ends_a_sample(solver):
+    """z + 1 has no fixed point; the sample beside it does not notice."""
+    equation = nde.SteadyState(lambda z, step: torch.where(step > 0, z + step, 0.5 * z + 1.0))
+    step, z0 = torch.tensor([[1.0], [0.0]]), torch.zeros(2, 1)
+    with pytest.warns(nde.SolveWarning, match="no residual was a new least one in 80 steps.* no fixed point"):
+        solution = nde.solve(equation, z0, args=step, solver=solver, termination=nde.Termination(patience=8))
+    assert solution.status.tolist() == [Status.NOT_CONVERGED, Status.SUCCESS]
+    assert 80 <= int(solution.stats.accepted[0] + solution.stats.rejected[0]) <= 130
+
+
+@pytest.mark.parametrize("solver", [*EQUILIBRIUM, "tsit5", "rodas5p"])
+def test_no_solver_is_told_to_be_taken_that_was(solver):
+    def advice(f, **given):
+        with pytest.warns(nde.SolveWarning) as caught:
+            nde.solve(nde.SteadyState(f), torch.zeros(1, 1, dtype=D), solver=solver, **given)
+        return str(caught[0].message).partition("\n")[2]
+
+    some = {s for s in (*EQUILIBRIUM, "tsit5") if s != solver}
+    near = nde.Termination(rtol=0.5, patience=4)
+    for text in (
+        advice(lambda z: z + 1.0, max_steps=5),
+        advice(lambda z: z + 1.0, termination=nde.Termination(patience=4)),
+        advice(lambda z: z + 1.0, termination=near),
+    ):
+        asked = text[text.lower().index("take ") :]
+        assert any(s in asked for s in some) and repr(solver) not in asked
+    assert "patience=None" in text
+
+
+def test_a_tolerance_below_the_precision_of_f_is_said():
+    equation = nde.SteadyState(lambda z: torch.where(z > 1.0, 1.0, 1.0 + 2**-7).to(z.dtype))
+    with pytest.warns(nde.SolveWarning, match="torch.bfloat16, whose precision is 0.0078"):
+        nde.solve(equation, torch.zeros(1, 1, dtype=torch.bfloat16), solver="fixed_point", max_steps=20)
 
 
 def test_the_best_iterate_is_kept():
@@ -222,7 +289,7 @@ def test_what_does_not_go_together():
         ({"mode": "abs"}, ValueError), ({"norm": "l1"}, ValueError), ({"rtol": 0.0}, ValueError),
         ({"atol": -1.0}, ValueError), ({"rtol": "tight"}, TypeError), ({"best": 1}, TypeError),
         ({"divergence": 0.5}, ValueError), ({"divergence": "far"}, TypeError), ({"patience": 1}, ValueError),
-        ({"patience": 2.5}, TypeError),
+        ({"patience": 2.5}, TypeError), ({"fall": 1.0}, ValueError), ({"fall": None}, TypeError),
     ],
 )  # fmt: skip
 def test_termination_names_what_is_wrong(given, error):

@@ -81,6 +81,16 @@ def test_table_and_files(tiny, tmp_path, capsys):
     assert not (tmp_path / "other" / "result.png").exists()
 
 
+def test_a_wide_table_is_whole_where_nobody_looks(capsys):
+    columns = {name: recipe.Column(f"a long heading {name}", 1.0, 3) for name in "abcdefgh"}
+    trials = {"model": [dict.fromkeys(columns, 577.125 + k) for k in range(2)]}
+    findings = [recipe.Finding("a sentence that goes on " * 9)]
+    recipe.show(recipe.Result("title", columns, trials, findings))
+    said = capsys.readouterr().out
+    assert said.count("577.625 ± 0.707") == 8 and "…" not in said
+    assert findings[0].text.strip() in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

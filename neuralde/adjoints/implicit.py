@@ -18,7 +18,7 @@ from .. import termination as _termination
 from ..discover import discover
 from ..errors import NeuralDEError, SolveWarning
 from ..field import reachable
-from ..graph import without_gradient
+from ..graph import depends, without_gradient
 from ..iterate import applies, iterate
 from ..linear import LinearSolve, gmres
 from ..problem import Problem
@@ -147,7 +147,7 @@ class _Linear(AtRest):
             z = z.detach().clone().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
                 slope = f(z)
-        if not slope.requires_grad:
+        if not (slope.requires_grad and depends(slope, z)):  # on anything but where it is
             return
         tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps)
         if engine is not None and rows is None:

@@ -19,7 +19,7 @@ import neuralde as nde
 import regularizers as reg
 
 from .data import Split, digits
-from .recipe import Column, mean_and_spread, progress, versions
+from .recipe import Column, console_for, mean_and_spread, progress, versions
 from .training import History, prediction_seconds, train
 
 
@@ -194,7 +194,6 @@ def finding(rows: list[dict]) -> str:
 
 def show(result: Result) -> None:
     """Prints the table and the finding on standard output."""
-    from rich.console import Console
     from rich.table import Table
 
     rows = result.rows()
@@ -206,9 +205,9 @@ def show(result: Result) -> None:
         table.add_column(column.heading, justify="right")
     for row in rows:
         table.add_row(row["model"], *(c.cell(row[name], row[f"{name}_spread"]) for name, c in COLUMNS.items()))
-    console = Console()
+    console = console_for(table)
     console.print(table)
-    console.print(finding(rows), highlight=False)
+    console.print(finding(rows), highlight=False, soft_wrap=True)
 
 
 def save(result: Result, out: pathlib.Path) -> list[pathlib.Path]:

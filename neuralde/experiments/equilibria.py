@@ -218,6 +218,9 @@ def saving(result: Result, row: str, column: str, least: float, what: str, of: s
     mine, theirs = result.row(row)[column], result.row(of)[column]
     ratio = theirs / mine
     text = f"{row}: {what} {mine:.4g}, 1/{ratio:.2f} of {theirs:.4g} ({of}); at most 1/{least:g} was to be shown"
+    if "converged" in result.columns and result.row(of)["converged"] < 1.0:
+        share = 100.0 * result.row(of)["converged"]
+        text += f" ({share:.1f} % of {of} came to rest: the others count with all that was spent on them)"
     return Finding(text, ratio >= least)
 
 

@@ -146,9 +146,19 @@ def progress(total: int) -> Iterator[Bar]:
 # -- what is shown and saved ------------------------------------------------------------------------------------------
 
 
+def console_for(table):
+    """Standard output, where it is no terminal as wide as the table: a figure that is cut is none."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        wide = console.options.update(max_width=10_000)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+    return console
+
+
 def show(result: Result) -> None:
     """Prints the table and the findings on standard output."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=result.title)
@@ -157,10 +167,10 @@ def show(result: Result) -> None:
         table.add_column(column.heading, justify="right")
     for cells in _cells(result):
         table.add_row(*cells)
-    console = Console()
+    console = console_for(table)
     console.print(table)
     for finding in result.findings:
-        console.print(str(finding), highlight=False, markup=False)
+        console.print(str(finding), highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(result: Result) -> Iterator[list[str]]:

@@ -129,7 +129,7 @@ def trained(config: Config, gamma: float, seed: int, x: Tensor, y: Tensor, after
     optimizer = torch.optim.Adam(layer.parameters(), lr=config.rate)
     steps = config.epochs * -(-len(x) // config.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    penalty = reg.EquilibriumJacobian(config.probability, weight=gamma) if gamma else None
+    penalty = reg.EquilibriumJacobian(gamma, probability=config.probability) if gamma else None
     for _ in range(config.epochs):
         for index in torch.randperm(len(x), device=x.device).split(config.batch):
             loss = nn.functional.mse_loss(layer(x[index]), y[index])

@@ -20,6 +20,7 @@ from ..solvers import Solver
 
 _NOT_OF_STEADY = ("equation", "z0", "args", "jump_times", "step_times", "events", "solver")
 _OPTIONS = [name for name in inspect.signature(solve).parameters if name not in _NOT_OF_STEADY]
+_OF_UNROLLED = ("rtol", "atol", "on_failure", "dense")  # what the steps of pretraining take of a layer's options
 _STARTS = ("zeros", "first_step")
 
 
@@ -37,12 +38,12 @@ class DeepEquilibrium(nn.Module):
             of it; or a Module (or function) of x, which makes a Skip DEQ of it. It gets no gradient from the steady
             state, but from `regularizers.Skip`.
         pretrain_depth: for a warm-up: so many steps z ← f(z, x) from the start are made and differentiated, in place of
-            solving for the steady state, until `end_pretraining()` is called. None: no warm-up.
+            solving for the steady state, until `end_pretraining()` is called, in eval mode too. None: no warm-up.
         **solve_options: of `solve`: rtol, atol, control, adjoint, termination, max_steps, on_failure, ...
 
     Attributes:
-        solution: the `Equilibrium` of the last call (the `Solution` of the unrolled steps while pretraining), or None.
-            It holds that call's graph until the next one.
+        solution: the `Equilibrium` of the last call, or None. It holds that call's graph until the next one. While
+            pretraining it is that of the unrolled steps, NOT_CONVERGED, with the residual that they led to.
         pretraining: whether it is pretraining, a bool buffer: kept in the state_dict.
 
     Raises:
@@ -146,12 +147,12 @@ class DeepEquilibrium(nn.Module):
         return zeros if self.initial == "zeros" else self.f(zeros, x)
 
     def _unrolled(self, z0, x) -> Solution:
-        """The first steps of the fixed-point iteration, as what they are: Euler's, with dt = 1."""
-        depth = float(self.pretrain_depth)
-        options = {"control": (self._control.per_sample and "per_sample") or "joint"}
-        options["on_failure"] = self.solve_options.get("on_failure") or SteadyState.usual.on_failure
-        horizon = (0.0, depth)
-        return solve(self.equation.ode, z0, horizon, "euler", adjoint="direct", args=x, dt0=1.0, **options)
+        """The first steps of the fixed-point iteration, on the tape."""
+        options = {name: self.solve_options[name] for name in _OF_UNROLLED if name in self.solve_options}
+        options["control"] = (self._control.per_sample and "per_sample") or "joint"
+        options["termination"] = _termination.Unrolled.of(_termination.get(self.solve_options.get("termination")))
+        depth = self.pretrain_depth
+        return solve(self.equation, z0, depth, "fixed_point", adjoint="direct", args=x, max_steps=depth, **options)
 
     def extra_repr(self) -> str:
         """The solver, its tolerances and the start."""

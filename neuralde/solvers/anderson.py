@@ -32,6 +32,11 @@ class Anderson(Iteration):
     Source: Walker & Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 49 (2011).
     """
 
+    remedy = (
+        "Take solver='broyden', 'fixed_point' where the map contracts, 'newton' (dear, but it depends least on the "
+        "map), or one for ODEs ('tsit5')"
+    )
+
     def __init__(self, memory: int = 5, beta: float = 1.0, regularization: float | None = None, name: str = "anderson"):
         self.name, self.m, self.beta = name, count("memory", memory), fraction("beta", beta)
         if regularization is not None:

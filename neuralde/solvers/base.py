@@ -103,6 +103,7 @@ class Solver(TorchdynProtocol, abc.ABC):
         transforms: whether torch.func's transforms and forward-mode AD can go through a step.
         discrete: whether it is an iteration for steady states, which has no steps in time.
         unrolls: whether its steps can be differentiated one by one.
+        remedy: what to do where it does not come to a steady state, a sentence without its end.
         copies: approximations of the state that it steps side by side, for methods that carry more than the solution: a
             state is then [batch, copies·features], the solution first.
         closes: whether a step computes the slope at its end when asked to `close`. One that doesn't is given it by
@@ -127,6 +128,7 @@ class Solver(TorchdynProtocol, abc.ABC):
     unrolls: bool = True
     closes: bool = True
     copies: int = 1
+    remedy: str = "Take an iteration (solver='anderson', 'broyden' or 'newton')"
 
     @property
     def parts(self) -> tuple[Solver, ...]:

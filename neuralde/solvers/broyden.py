@@ -8,17 +8,20 @@ from torch import Tensor
 from .base import Work
 from .iteration import Iteration, Memory, Move, backtrack, count, dot
 
+_ROOM = 8  # rank-one terms that there is room for at first
+
 
 class Broyden(Iteration):
     """Broyden's good method for g(z) = f(z) - z = 0, sample by sample.
 
         z_{k+1} = z_k - H_k g_k,    H_{k+1} = H_k + (Δz - H_k Δg) vᵀ / vᵀΔg,    v = H_kᵀ Δz,    H_0 = -I
 
-    H is kept as -I and the last rank-one terms: its first step is one of the fixed-point iteration. A sample whose
-    update would divide by (nearly) zero leaves that update out.
+    H is kept as -I and rank-one terms: its first step is one of the fixed-point iteration. A sample whose update would
+    divide by (nearly) zero leaves that update out.
 
     Args:
-        memory: how many rank-one terms are remembered; a further one takes the place of the oldest.
+        memory: how many rank-one terms are remembered. When there are so many the method starts anew from -I and the
+            last step: without the oldest term alone, H would not be what any of the others was made for.
         line_search: whether steps that don't make ‖g‖ sufficiently smaller are shortened, each at one more evaluation.
 
     Raises:
@@ -27,6 +30,11 @@ class Broyden(Iteration):
     Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", Math. Comp. 19 (1965); limited
     memory as in Bai, Kolter & Koltun, "Deep equilibrium models", 2019.
     """
+
+    remedy = (
+        "Take more memory (nde.solvers.Broyden(memory=100)), solver='anderson', 'newton' (dear, but it depends least "
+        "on the map), 'fixed_point' where the map contracts, or one for ODEs ('tsit5')"
+    )
 
     def __init__(self, memory: int = 30, line_search: bool = False, name: str = "broyden"):
         if not isinstance(line_search, bool):
@@ -37,19 +45,21 @@ class Broyden(Iteration):
 
     def start(self, z: Tensor, slope: Tensor) -> Memory:
         """See `Iteration.start`: what led to z changed nothing, and H = -I would go on by slope."""
-        left, right = (z.new_zeros(len(z), min(8, self.m), z.shape[1]) for _ in range(2))
+        left, right = (z.new_zeros(len(z), min(_ROOM, self.m), z.shape[1]) for _ in range(2))
         return Memory(-1, (z, slope, slope), (left, right))
 
     def lasts(self, memory: Memory) -> int | None:
         """See `Iteration.lasts`."""
-        known = memory.buffers[0].shape[1]
-        return None if known == self.m else known - memory.made
+        return memory.buffers[0].shape[1] - memory.made
 
     def room(self, memory: Memory) -> Memory:
         """See `Iteration.room`."""
         batch, known, features = memory.buffers[0].shape
-        if memory.made < known or known == self.m:
+        if memory.made < known:
             return memory
+        if known == self.m:  # all of them go, and g is where -I takes the last one
+            z, slope, _ = memory.states
+            return Memory(0, (z, slope, slope), tuple(torch.zeros_like(x[:, :_ROOM]) for x in memory.buffers))
         more = memory.buffers[0].new_zeros(batch, min(known, self.m - known), features)
         return Memory(memory.made, memory.states, tuple(torch.cat([x, more], dim=1) for x in memory.buffers))
 
@@ -73,18 +83,13 @@ class Broyden(Iteration):
         """-H g with H updated by the step that led to z."""
         (z_before, slope_before, step), (left, right) = memory.states, memory.buffers
         move, change = z - z_before, slope - slope_before
-        weights = memory.products(right, slope)
-        image = memory.combined(weights, left) - slope  # H g, by the old H
+        image = memory.combined(memory.products(right, slope), left) - slope  # H g, by the old H
         v = memory.combined(memory.products(left, move), right) - move
         # The old H took the last g to -step.
         lack, bottom = move - (image + step), dot(v, change)
         fine = bottom.abs() > 10 * torch.finfo(z.dtype).eps * (dot(v, v) * dot(change, change)).sqrt()
         u = lack * torch.where(fine, 1.0 / torch.where(fine, bottom, 1.0), 0.0)[:, None]
         slot = memory.slot(self.m)
-        if memory.traced:
-            image = image - weights.index_select(1, slot) * left.index_select(1, slot)[:, 0]  # 0 where it is not there
-        elif memory.made >= self.m:  # the oldest term goes
-            image = image - weights[:, slot, None] * left[:, slot]
         memory.put(left, slot, u)
         memory.put(right, slot, v)
         step = -torch.addcmul(image, u, dot(v, slope)[:, None])

@@ -37,6 +37,7 @@ class Iteration(Solver):
     discrete = True
     unrolls = False
     step_size: float = 1.0
+    remedy = "Take another solver ('anderson', 'broyden', 'newton' or 'tsit5')"
 
     @abc.abstractmethod
     def move(self, f: Callable[[Tensor], Tensor], z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
@@ -191,6 +192,10 @@ class FixedPoint(Iteration):
     """
 
     unrolls = True
+    remedy = (
+        "Take solver='anderson', 'broyden' or 'newton', a solver for ODEs ('tsit5', or 'rodas5p' for a stiff one), or "
+        "damping (nde.solvers.FixedPoint(damping=0.5), or less), which ends oscillations"
+    )
 
     def __init__(self, damping: float = 1.0, name: str = "fixed_point"):
         self.name, self.damping = name, fraction("damping", damping)

@@ -32,6 +32,7 @@ class Newton(Iteration):
     """
 
     calls_per_step = None
+    remedy = "Take solver='anderson' or 'broyden', 'fixed_point' where the map contracts, or one for ODEs ('tsit5')"
 
     def __init__(
         self,
