@@ -58,21 +58,24 @@ def layers(solver, control):
 
 @COMPILER
 @pytest.mark.parametrize(
-    ("solver", "control"),
+    ("solver", "control", "batches"),
     [
-        pytest.param(solver, control, marks=() if (solver, control) == QUICK else pytest.mark.slow)
-        for solver in COMPILED
-        for control in CONTROLS
+        pytest.param(*QUICK, (BATCH,), id="quick"),
+        *(
+            pytest.param(solver, control, (BATCH, 2 * BATCH), marks=pytest.mark.slow, id=f"{solver}-{control}")
+            for solver in COMPILED
+            for control in CONTROLS
+        ),
     ],
 )
-def test_a_compiled_equilibrium_is_the_same(silent, solver, control):
+def test_a_compiled_equilibrium_is_the_same(silent, solver, control, batches):
     """State, gradients, counts; and a sample that is lost beside the others.
 
     Acceleration makes much of rounding: there the states are the same to the tolerance, and a step more may be needed.
     """
     compiled, eager = layers(solver, control)
     steps = int(solver != "fixed_point")
-    for batch in (BATCH, 2 * BATCH):
+    for batch in batches:
         x = inputs(batch)
         found = [layer(x) for layer in (compiled, eager)]
         close(*found, 1e-11)
