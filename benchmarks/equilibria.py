@@ -76,10 +76,10 @@ class Layer:
         return torch.autograd.grad(self.call(x).square().sum(), [*self.f.parameters(), x])
 
 
-def ours(solver: str, f: Map, compile: bool = False) -> Layer:
+def ours(solver: str, f: Map, compile: bool = False, tolerance: float = TOLERANCE) -> Layer:
     """neuralde's, which stops sample by sample, with the same solver in the backward pass."""
-    termination = nde.Termination("relative", rtol=TOLERANCE, norm="l2")
-    adjoint = nde.adjoints.Implicit(solver, rtol=TOLERANCE)
+    termination = nde.Termination("relative", rtol=tolerance, norm="l2")
+    adjoint = nde.adjoints.Implicit(solver, rtol=tolerance)
     layer = nde.DeepEquilibrium(f, solver=solver, termination=termination, adjoint=adjoint, compile=compile)
     return Layer("neuralde, compiled" if compile else "neuralde", f, layer)
 
@@ -122,10 +122,13 @@ def against_torchdeq(scale: float, rounds: int) -> tuple[list[dict], list[str]]:
     """The rows of one map, and the verdicts."""
     torch.manual_seed(1)
     x = torch.randn(BATCH, WIDTH, requires_grad=True)
-    layers = {
-        solver: (ours(solver, Map(scale)), ours(solver, Map(scale), compile=True), theirs(solver, Map(scale)))
-        for solver in SOLVERS
-    }
+    layers = {}
+    for solver in SOLVERS:
+        other = theirs(solver, Map(scale))
+        # torchdeq ends with its worst sample, and with an evaluation more: its residuals are below the tolerance.
+        level = min(TOLERANCE, residual(other, x))
+        mine = (ours(solver, Map(scale), compile, level) for compile in (False, True))
+        layers[solver] = (*mine, other)
     probe, state = Map(scale), torch.randn(BATCH, WIDTH)
 
     def raw():
@@ -149,8 +152,8 @@ def against_torchdeq(scale: float, rounds: int) -> tuple[list[dict], list[str]]:
                 claim = f"W × {scale:g}, {solver}, {what}: torchdeq's time / {layer.name}'s"
                 verdicts.append(verdict(claim, median_ratio(times[2], taken), SOLVERS[solver][1], least=True))
         *found, other = (residual(layer, x) for layer in trio)
-        claim = f"W × {scale:g}, {solver}: residual / torchdeq's or the tolerance, whichever is larger"
-        verdicts.append(verdict(claim, max(found) / max(other, TOLERANCE), 1.0))
+        claim = f"W × {scale:g}, {solver}: residual / torchdeq's"
+        verdicts.append(verdict(claim, max(found) / other, 1.0))
     return rows, verdicts
 
 
@@ -297,8 +300,9 @@ def main():
         return
     told = [
         f"f(z, x) = tanh(W z + U x), {WIDTH} wide, torch's initialisation of a Linear with W multiplied as said, batch "
-        f"{BATCH} of randn, float32. Both packages end by the samples' relative residuals, at most {TOLERANCE}, and "
-        "solve the linear system of the backward pass (torchdeq: ift=True) with the same solver to the same tolerance. "
+        f"{BATCH} of randn, float32. torchdeq ends by the samples' relative residuals, at most {TOLERANCE}, neuralde where "
+        "they are at most the largest that torchdeq ends with; both solve the linear system of the backward pass (torchdeq: "
+        "ift=True) with the same solver, to the same tolerances. "
         f"Medians of {rounds} rounds in turns; ratios are medians of the rounds' ratios. torchdeq runs as it is "
         "(eager is all that it offers); compiled is compile=True, which makes the solver's loop one program.",
         "own share: the time less that of so many calls of f alone; compiled, U x is computed once, so that it may be "
