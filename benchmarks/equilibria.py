@@ -300,9 +300,9 @@ def main():
         return
     told = [
         f"f(z, x) = tanh(W z + U x), {WIDTH} wide, torch's initialisation of a Linear with W multiplied as said, batch "
-        f"{BATCH} of randn, float32. torchdeq ends by the samples' relative residuals, at most {TOLERANCE}, neuralde where "
-        "they are at most the largest that torchdeq ends with; both solve the linear system of the backward pass (torchdeq: "
-        "ift=True) with the same solver, to the same tolerances. "
+        f"{BATCH} of randn, float32. torchdeq ends by the samples' relative residuals, at most {TOLERANCE}, neuralde "
+        "where they are at most the largest that torchdeq ends with; both solve the linear system of the backward pass "
+        "(torchdeq: ift=True) with the same solver, to the same tolerances. "
         f"Medians of {rounds} rounds in turns; ratios are medians of the rounds' ratios. torchdeq runs as it is "
         "(eager is all that it offers); compiled is compile=True, which makes the solver's loop one program.",
         "own share: the time less that of so many calls of f alone; compiled, U x is computed once, so that it may be "
