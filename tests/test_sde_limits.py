@@ -170,7 +170,7 @@ def test_messages_name_what_is_wrong():
     with refused(ValueError, "'sosra' does not solve", "ito and stratonovich"):
         nde.solve(crossed("stratonovich"), z0, (0.0, 1.0), solver="sosra")
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double()
-    with refused(ValueError, "z0 of shape [3] is a batch of 3 numbers", "z0[None]"):
+    with refused(ValueError, "it is 3 samples of one number each", "z0[None]"):
         nde.solve(nde.SDE(lambda t, z: z @ weight, lambda t, z: 0.1 * z), z0[0], (0.0, 1.0))
 
 
