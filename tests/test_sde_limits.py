@@ -102,7 +102,7 @@ def test_rejections_leave_the_law_of_noise_that_does_not_commute():
         return torch.stack([torch.stack([one, zero], dim=1), torch.stack([zero, z[:, 0]], dim=1)], dim=1)
 
     equation = nde.SDE(lambda t, z: 0.0 * z, diffusion, "general", "stratonovich")
-    x, y = hasty(equation, "heun", 0.05, 100_000).unbind(dim=1)
+    x, y = hasty(equation, "heun", 0.02, 100_000).unbind(dim=1)
     assert stats.kstest((x - 1).numpy(), "norm").pvalue > 1e-3
     chance = 4 / len(x) ** 0.5
     assert abs(float(y.mean()) - 1) < 1.5 * chance
