@@ -21,7 +21,7 @@ from .grid import Grid, Record
 from .held import Held
 from .problem import Problem
 from .solvers import Iteration, Work
-from .solvers.iteration import Memory, Move, real, unreal
+from .solvers.iteration import Memory
 from .termination import GOING, Termination
 from .trajectory import Counts, Trajectory
 
@@ -93,18 +93,9 @@ class Iterate:
             f: z -> f(z) - z, [samples, features]. z, slope: the state and f(z) - z there.
             memory: of the step before. watched: see there.
         """
-        move = self.move(f, z, slope, memory)
+        move = self.solver.moved(f, z, slope, memory, self.joint)
         slope = (f(move.z) if move.slope is None else move.slope).to(z.dtype)
         return Moved(move.z, slope, *self.look(move.z, slope, watched), move.memory, move.work)
-
-    def move(self, f: Callable | None, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
-        """The solver's move; of a complex state as well."""
-        kind = z.dtype
-        if not kind.is_complex:
-            return self.solver.move(lambda x: f(x).to(kind), z, slope, memory)
-        move = self.solver.move(lambda x: real(f(unreal(x, kind)).to(kind)), real(z), real(slope), memory)
-        slope = None if move.slope is None else unreal(move.slope, kind)
-        return Move(unreal(move.z, kind), move.memory, slope, move.work)
 
     def look(self, z: Tensor, slope: Tensor, watched: Watched) -> tuple[Tensor, Tensor, Tensor]:
         """The figure, ended and flags of `Moved`."""

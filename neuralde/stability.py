@@ -99,7 +99,8 @@ def spectral_radius(solution: Solution, iterations: int = 100, generator: torch.
     """The spectral radius of the map's Jacobian at the steady state, by power iteration; a constant.
 
     Below 1 the fixed-point iteration converges there, by about that factor per step. It is the growth per step over the
-    second half of the iterations, so that it also converges for pairs of complex eigenvalues.
+    second half of the iterations, so that it also converges for pairs of complex eigenvalues. Under joint control,
+    where f may mix samples, it is that of the Jacobian of the whole batch, the same number for all.
 
     Args:
         solution: of a steady state.
@@ -120,13 +121,14 @@ def spectral_radius(solution: Solution, iterations: int = 100, generator: torch.
     like = real(at.z)
     device = like.device if generator is None else generator.device
     u = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    dims = (0, 1) if solution._problem.joint else (1,)
     growth = torch.zeros_like(u[:, 0])
     half = iterations // 2
     for i in range(iterations):
-        size = torch.linalg.vector_norm(u, dim=1)
-        u = product(u / torch.where(size > 0, size, 1.0)[:, None])
+        size = torch.linalg.vector_norm(u, dim=dims, keepdim=True)
+        u = product(u / torch.where(size > 0, size, 1.0))
         if i >= half:
-            growth = growth + torch.linalg.vector_norm(u, dim=1).log()
+            growth = growth + torch.linalg.vector_norm(u, dim=dims).log()
     radius = (growth / (iterations - half)).exp()
     if at.rows is None:
         return radius

@@ -85,11 +85,64 @@ def test_options_are_checked_at_construction():
         nde.DeepEquilibrium(Block())({"x": inputs()})
 
 
-def test_batch_norm_under_joint_control():
-    layer = nde.DeepEquilibrium(Block(nn.BatchNorm1d(D), scale=0.05), solver="anderson", control="joint")
-    z = layer(inputs())
-    assert bool(layer.solution.converged.all())
-    z.sum().backward()
+class Mixed:
+    """A block with batch normalization, its steady state and the Jacobian of the whole batch there."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.f, self.x = Block(nn.BatchNorm1d(D)).double(), inputs(torch.float64).requires_grad_()
+        nn.init.constant_(self.f.between.weight, 0.3)
+        self.leaves = [*self.f.parameters(), self.x]
+        z = torch.zeros_like(self.x)
+        with torch.no_grad():
+            for _ in range(200):
+                z = self.f(z, self.x)
+        self.z = z
+        jacobian = torch.autograd.functional.jacobian(lambda z: self.f(z, self.x.detach()), z)
+        self.jacobian = jacobian.reshape(BATCH * D, BATCH * D)
+        self.v = torch.randn(BATCH, D, generator=torch.Generator().manual_seed(7), dtype=z.dtype)
+        eye = torch.eye(BATCH * D, dtype=z.dtype)
+        costate = torch.linalg.solve((eye - self.jacobian).mT, self.v.flatten()).reshape(BATCH, D)
+        self.gradients = torch.autograd.grad(self.f(z, self.x), self.leaves, costate)
+
+    def solve(self, **given):
+        layer = nde.DeepEquilibrium(self.f, control="joint", **({"rtol": 1e-10, "atol": 1e-12} | given))
+        return layer.solve(self.x)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "implicit-anderson", "implicit-broyden", "neumann", "phantom"])
+def test_the_gradient_of_a_batch_that_is_one_system(adjoint):
+    """Under joint control f may mix samples: J is of the batch, and has blocks beside its diagonal."""
+    mixed = Mixed()
+    how = {"neumann": nde.adjoints.Neumann(60), "phantom": nde.adjoints.Phantom(60, damping=1.0)}
+    solution = mixed.solve(solver="anderson", adjoint=how.get(adjoint, adjoint))
+    close(solution.final, mixed.z, 1e-8)
+    found = torch.autograd.grad((solution.final * mixed.v).sum(), mixed.leaves)
+    for g, e in zip(found, mixed.gradients, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6 * float(mixed.gradients[-1].norm()))
+    if adjoint.startswith("implicit"):
+        products = solution.backward_stats.linear_solves
+        assert products.shape == (BATCH,) and bool((products == products[0]).all()) and int(products[0]) > 5
+
+
+def test_newton_and_the_radius_of_a_batch_that_is_one_system():
+    """Not from zeros: of a batch whose samples are all equal, batch normalization's derivative is hundreds."""
+    mixed = Mixed()
+    for observer in (None, object()):
+        solution = mixed.solve(solver="newton", observer=observer, initial="first_step", max_steps=20)
+        close(solution.final, mixed.z, 1e-8)
+        assert int(solution.depth.max()) <= 10 and int(solution.stats.nfe.max()) < 150
+    expected = torch.linalg.eigvals(mixed.jacobian).abs().max()
+    found = nde.introspection.spectral_radius(solution, 400, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, expected.expand(BATCH), rtol=2e-2, atol=0.0)
+
+
+def test_a_gradient_that_is_not_finite_stays_with_its_sample_under_joint_control():
+    x = torch.ones(3, 2, requires_grad=True)
+    solution = nde.solve(nde.SteadyState(lambda z, x: 0.5 * z + x), torch.zeros(3, 2), args=x, control="joint")
+    (gradient,) = torch.autograd.grad(solution.final, x, torch.tensor([[1.0], [torch.nan], [2.0]]).expand(3, 2))
+    assert gradient.isnan().all(dim=1).tolist() == [False, True, False]
+    torch.testing.assert_close(gradient[[0, 2], 0], torch.tensor([2.0, 4.0]))
 
 
 def test_states_of_another_shape_than_x():

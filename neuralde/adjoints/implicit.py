@@ -149,7 +149,7 @@ class _Linear(AtRest):
                 slope = f(z)
         if not (slope.requires_grad and depends(slope, z)):  # on anything but where it is
             return
-        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps)
+        tape = Tape(self, slope, z, rows, torch.finfo(problem.field.precision).eps, problem.joint)
         if engine is not None and rows is None:
             tape.costate = functools.partial(
                 engine.costate, field=problem.field, t=outcome.trajectory.reached, z=z.detach()
@@ -168,26 +168,28 @@ class Tape:
 
     Attributes:
         rows: the samples, None for all. eps: the precision that f computes in.
+        joint: whether the samples have one linear system together: under joint control f may mix them.
         costate: solves for the costate by a compiled program, or None: see `EquilibriumEngine.costate`.
         found: of the last backward pass, or None.
     """
 
-    def __init__(self, adjoint: _Linear, slope: Tensor, z: Tensor, rows: Tensor | None, eps: float):
-        self.adjoint, self.slope, self.z, self.rows, self.eps = adjoint, slope, z, rows, eps
+    def __init__(self, adjoint: _Linear, slope: Tensor, z: Tensor, rows: Tensor | None, eps: float, joint: bool):
+        self.adjoint, self.slope, self.z, self.rows, self.eps, self.joint = adjoint, slope, z, rows, eps, joint
         self.costate: Callable[[Problem, Tensor], Trajectory | None] | None = None
         self.found: LinearSolve | None = None
 
     def product(self, u: Tensor) -> Tensor:
-        """Jᵀu of the Jacobian of f, [samples, features] each, real."""
-        u = unreal(u, self.z.dtype)
-        (back,) = torch.autograd.grad(self.slope, self.z, u.to(self.slope.dtype), retain_graph=True, allow_unused=True)
-        return real(u if back is None else u + back)
+        """Jᵀu of the Jacobian of f, [samples, features] each, real; or both in the shape of one system of the batch."""
+        own = unreal(u.reshape(len(self.z), -1), self.z.dtype)
+        how = {"retain_graph": True, "allow_unused": True}
+        (back,) = torch.autograd.grad(self.slope, self.z, own.to(self.slope.dtype), **how)
+        return u if back is None else real(own + back).reshape(u.shape)
 
     def work(self, batch: int) -> Counts | None:
         """What the last backward pass cost."""
         if self.found is None:
             return None
-        each = self.found.iterations
+        each = self.found.iterations.expand(len(self.z))
         if self.rows is not None:
             each = each.new_zeros(batch).index_copy(0, self.rows, each)
         none = torch.zeros_like(each)
@@ -235,9 +237,10 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 class Implicit(_Linear):
     """The gradient of the implicit function theorem: (I - J)ᵀλ = v, then λᵀ∂f/∂θ; J = ∂f/∂z at the steady state.
 
-    One linear system per sample, solved with products Jᵀu through the taped evaluation. As accurate as the steady state
-    and the linear solve are. `solution.backward_stats.linear_solves` has the products that the samples needed; a system
-    that was not solved to its tolerance warns, and its best λ is used.
+    One linear system per sample, solved with products Jᵀu through the taped evaluation; one of the whole batch under
+    joint control, where f may mix samples. As accurate as the steady state and the linear solve are.
+    `solution.backward_stats.linear_solves` has the products that the samples needed; a system that was not solved to
+    its tolerance warns, and its best λ is used.
 
     Args:
         solver: "gmres"; or "anderson" or "broyden" (or such an object), on λ = Jᵀλ + v.
@@ -275,25 +278,27 @@ class Implicit(_Linear):
     def costate(self, tape: Tape, v: Tensor) -> Tensor:
         """See `_Linear.costate`."""
         rtol = self.rtol or tape.eps**0.5
+        # What is not finite in a sample's gradient stays with the sample.
+        finite = torch.isfinite(v).all(dim=1, keepdim=True)
+        right = torch.where(finite, v, 0.0)
+        right = right.reshape(1, -1) if tape.joint else right
         if self.solver == "gmres":
-            found = gmres(lambda u: u - tape.product(u), v, rtol, self.restart, self.max_iter)
+            found = gmres(lambda u: u - tape.product(u), right, rtol, self.restart, self.max_iter)
         else:
-            found = self._iterate(tape, v, rtol)
+            found = self._iterate(tape, right, rtol)
         tape.found = found
         lost = (~found.converged).nonzero().flatten()
         if len(lost):
             self._warn(tape, found, lost, rtol)
-        return found.x
+        return torch.where(finite, found.x.reshape(v.shape), v)
 
-    def _iterate(self, tape: Tape, v: Tensor, rtol: float) -> LinearSolve:
+    def _iterate(self, tape: Tape, right: Tensor, rtol: float) -> LinearSolve:
         """By one of the iterations for steady states: this is one."""
-        finite = torch.isfinite(v).all(dim=1, keepdim=True)
-        right = torch.where(finite, v, 0.0)
         field = _Costate(tape, right)
-        # A sample without a gradient is at rest at once.
+        # A system without a right-hand side is at rest at once.
         rest = _termination.Rest(_termination.Termination("relative", rtol=rtol, patience=None), joint=False)
-        start = torch.zeros_like(v)
-        times = torch.tensor([[0.0], [float("inf")]], dtype=v.dtype, device=v.device).expand(-1, len(v))
+        start = torch.zeros_like(right)
+        times = torch.tensor([[0.0], [float("inf")]], dtype=right.dtype, device=right.device).expand(-1, len(right))
         problem = Problem(
             field=field,
             solver=self.solver,
@@ -308,15 +313,15 @@ class Implicit(_Linear):
             rest=rest,
         )
         trajectory = (tape.costate and tape.costate(problem, right)) or iterate(problem, start, right)
-        x = torch.where(finite, trajectory.final, v)
-        return LinearSolve(x, trajectory.counts.nfe, rest.residual, trajectory.status == 0)
+        return LinearSolve(trajectory.final, trajectory.counts.nfe, rest.residual, trajectory.status == 0)
 
     def _warn(self, tape: Tape, found: LinearSolve, lost: Tensor, rtol: float):
         samples = (lost if tape.rows is None else tape.rows[lost]).tolist()
         few = ", ".join(map(str, samples[:5])) + (f" and {len(samples) - 5} more" if len(samples) > 5 else "")
+        which = "system of the batch was" if tape.joint else f"systems of samples {few} were"
         worst = float(found.residual[lost].max())
         warnings.warn(
-            f"adjoint={self.name!r}: the linear systems of samples {few} were not solved to {rtol:.3g}, but to a "
+            f"adjoint={self.name!r}: the linear {which} not solved to {rtol:.3g}, but to a "
             f"residual of up to {worst:.3g} within {int(found.iterations.max())} products; their gradients are as "
             "inaccurate as that. The map hardly contracts there, or does not: make it more contractive "
             "(regularizers.EquilibriumJacobian), solve for the steady state more accurately, or allow more: "
@@ -327,7 +332,7 @@ class Implicit(_Linear):
 
 
 class _Costate:
-    """Jᵀλ + v - λ as a field, [samples, features]: what `discover` needs of one."""
+    """Jᵀλ + v - λ as a field, [systems, numbers]: what `discover` needs of one."""
 
     calls = 0
     takes_time = False

@@ -83,7 +83,7 @@ class EquilibriumEngine(Engine):
         """Solves λ = Jᵀλ + v for the costate; None where that has to be made as ever, after a warning.
 
         Args:
-            problem: of the iteration for it. right: v, [batch, features].
+            problem: of the iteration for it. right: v, [batch, features]; [1, all of them] for one system of the batch.
             field, t, z: f, and where J is its map's Jacobian.
         """
         iterate = _iterated(problem)
@@ -105,7 +105,7 @@ class EquilibriumEngine(Engine):
 
         def excess(j: Tensor, u: Tensor) -> Tensor:
             _, product = torch.func.vjp(functools.partial(image, t), point)
-            return product(u)[0] + right - u
+            return product(u.reshape(point.shape))[0].reshape(u.shape) + right - u
 
         return _steps(iterate, excess, *rest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class Iteration(Solver):
 
     Attributes:
         step_size: dt, by which t grows with a step.
+        couples: whether a move solves a system of equations, which under joint control is one of the whole batch: f may
+            mix samples there.
     """
 
     order = 1
@@ -37,6 +40,7 @@ class Iteration(Solver):
     discrete = True
     unrolls = False
     step_size: float = 1.0
+    couples: bool = False
     remedy = "Take another solver ('anderson', 'broyden', 'newton' or 'tsit5')"
 
     @abc.abstractmethod
@@ -48,6 +52,24 @@ class Iteration(Solver):
             z, slope: the state and g there.
             memory: what the move before remembered, whose tensors may be overwritten; None at the first.
         """
+
+    def moved(
+        self, f: Callable[[Tensor], Tensor], z: Tensor, slope: Tensor, memory: Memory | None, joint: bool
+    ) -> Move:
+        """`move` for states as they are: complex, or under joint control a batch that is one sample to the solver."""
+        kind, whole = z.dtype, joint and self.couples
+        if not (kind.is_complex or whole):
+            return self.move(lambda x: f(x).to(kind), z, slope, memory)
+        shape = real(z).shape
+
+        def there(x: Tensor) -> Tensor:
+            return real(x.to(kind)).reshape(1, -1) if whole else real(x.to(kind))
+
+        def back(x: Tensor) -> Tensor:
+            return unreal(x.reshape(shape), kind)
+
+        move = self.move(lambda x: there(f(back(x))), there(z), there(slope), memory)
+        return Move(back(move.z), move.memory, None if move.slope is None else back(move.slope), move.work)
 
     def start(self, z: Tensor, slope: Tensor) -> Memory | None:
         """A memory from which the first move is made as any other; None where only the first move itself makes one.
@@ -88,14 +110,11 @@ class Iteration(Solver):
         """See `Solver.attempt`."""
         now, later = f.times(t)[0], f.times(t + dt)[0]
         slope = f(now, z) if slope is None else slope
-        kind = z.dtype
         known = memory.held and self.room(memory.held)
-        move = self.move(lambda x: real(f(now, unreal(x, kind)).to(kind)), real(z), real(slope.to(kind)), known)
+        move = self.moved(functools.partial(f, now), z, slope.to(z.dtype), known, f.joint)
         memory.held = move.memory
-        z_end = unreal(move.z, kind)
-        slope_end = move.slope
-        slope_end = f(later, z_end) if slope_end is None else unreal(slope_end, kind)
-        return Step(z_end, None, None, slope_end, None, work=move.work)
+        slope_end = f(later, move.z) if move.slope is None else move.slope
+        return Step(move.z, None, None, slope_end, None, work=move.work)
 
     def snapshot(self, stages: Any) -> Tensor:
         """See `Solver.snapshot`.

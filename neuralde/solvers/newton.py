@@ -18,7 +18,8 @@ class Newton(Iteration):
 
     f is evaluated once more per step than by the other iterations, and each product costs about as much as an
     evaluation and is counted as one (in `stats.linear_solves` too). f must be twice differentiable by autograd
-    (products are derivatives of a backward pass). It finds fixed points also where f expands.
+    (products are derivatives of a backward pass). It finds fixed points also where f expands. Under joint control the
+    batch has one linear system and one step length.
 
     Args:
         forcing: relative tolerance of the linear systems, in (0, 1].
@@ -32,6 +33,7 @@ class Newton(Iteration):
     """
 
     calls_per_step = None
+    couples = True
     remedy = "Take solver='anderson' or 'broyden', 'fixed_point' where the map contracts, or one for ODEs ('tsit5')"
 
     def __init__(
