@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from .adjoints.base import Outcome
 from .graph import without_gradient
 from .outputs import Outputs
 from .problem import Problem
-from .solution import Solution, Steps
+from .solution import Solution, Statistics, Steps
 from .termination import kept
 
 _CONSTANT = (
@@ -74,12 +75,20 @@ class Equilibrium(Solution):
         residual: at `final`, as the termination's mode measures it, [batch]: converged where it is within the
             tolerance. A constant.
         termination: with its tolerances.
+        before: evaluations of f before the solve, which made z0; counted in `stats`.
     """
 
     def __init__(self, problem: Problem, outcome: Outcome, ts: Tensor, found: Outputs, z0_flat: Tensor):
         super().__init__(problem, outcome, ts, found, z0_flat)
         self.residual = problem.rest.residual.expand(problem.field.layout.batch)
         self.termination = problem.rest.termination
+        self.before = 0
+
+    @property
+    def stats(self) -> Statistics:
+        """See `Solution.stats`."""
+        stats = super().stats
+        return replace(stats, nfe=stats.nfe + self.before, function_calls=stats.function_calls + self.before)
 
     @functools.cached_property
     def final(self):

@@ -734,6 +734,11 @@ def _generators(states: list[Tensor], device: torch.device):
         _set_generators(saved, device)
 
 
+def again(device: torch.device):
+    """What is drawn in here is drawn once more after it."""
+    return _generators(_generator_states(device), device)
+
+
 def _set_generators(states: list[Tensor], device: torch.device):
     torch.set_rng_state(states[0])
     if device.type == "cuda":

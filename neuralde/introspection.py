@@ -27,6 +27,7 @@ from .equations import ODE, SDE
 from .errors import Status
 from .field import Field, full_precision
 from .outputs import outputs
+from .parametrized import looking_back
 from .problem import Problem
 from .replay import Schedule, make_step, past_at, replay_all
 from .retrace import every_state, lookup
@@ -179,6 +180,7 @@ def _noise_span(dt: Tensor | None, span: Tensor | None) -> Tensor:
     return span if dt is None else torch.maximum(span, dt)
 
 
+@looking_back
 def probe_solution(
     solution: Solution, t: Tensor, through_state: bool = False, solver: str | Solver | None = None
 ) -> Probe:
@@ -243,6 +245,7 @@ def default_solver(solution: Solution) -> Solver:
     return solvers.for_sde(None, solution._problem.field.equation)
 
 
+@looking_back
 def probe_last(solution: Solution) -> Probe:
     """The last step of a solve for a steady state, made again as `probe` makes one.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import control as _control
 from .adjoints.implicit import at_rest
+from .parametrized import looking_back
 from .solution import Solution
 from .solvers.iteration import real, unreal
 from .solvers.linearize import ordinary
@@ -94,6 +95,7 @@ def jacobian_products(f: Callable[[Tensor], Tensor], z: Tensor, taped: bool) -> 
     return product
 
 
+@looking_back
 @torch.no_grad()
 def spectral_radius(solution: Solution, iterations: int = 100, generator: torch.Generator | None = None) -> Tensor:
     """The spectral radius of the map's Jacobian at the steady state, by power iteration; a constant.
@@ -135,6 +137,7 @@ def spectral_radius(solution: Solution, iterations: int = 100, generator: torch.
     return radius.new_full((batch,), float("nan")).index_copy(0, at.rows, radius)
 
 
+@looking_back
 def contraction(solution: Solution) -> Tensor:
     """‖g(z + g(z))‖ / ‖g(z)‖ for g(z) = f(z) - z, where the last step began: the ratio of successive residuals.
 

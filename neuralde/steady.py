@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import warnings
@@ -10,9 +9,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
-from . import adjoints, compiled, solvers, transforms
+from . import adjoints, compiled, parametrized, solvers, transforms
 from . import control as _control
 from . import termination as _termination
 from .adjoints import Adjoint
@@ -20,7 +18,7 @@ from .control import StepControl
 from .equations import SteadyState
 from .equilibrium import Equilibrium
 from .errors import NeuralDEError, SolveWarning, Status
-from .field import Field, full_precision, modules
+from .field import Field, full_precision
 from .outputs import Outputs
 from .problem import Problem
 from .solvers import Solver
@@ -29,6 +27,8 @@ from .termination import Rest, Unrolled, kept
 from .unsettled import unsettled
 
 MAX_STEPS, MAX_ITERATIONS = 4096, 1000
+# Short names of adjoints, which only here can't be taken for something else.
+_ITERATED = {"anderson": "implicit-anderson", "broyden": "implicit-broyden"}
 _LARGEST = 1e-3  # times the largest number there is: a step size that overflows is not brought back by any factor
 
 
@@ -92,7 +92,7 @@ def solve(
         rest=Rest(settling, joint),
         compile=compile,
     )
-    with full_precision(layout.device), parametrized_once(equation.f):
+    with full_precision(layout.device), parametrized.once(equation.f):
         outcome = adjoint.solve(problem, flat)
     trajectory = outcome.trajectory
     _report(problem, trajectory, on_failure)
@@ -110,7 +110,7 @@ def chosen(
         TypeError, ValueError: there is no such thing, or they don't go together.
     """
     solver, control = solvers.get(solver), _control.get(control)
-    adjoint = adjoints.get(adjoint)
+    adjoint = adjoints.get(_ITERATED.get(adjoint, adjoint) if isinstance(adjoint, str) else adjoint)
     if not adjoint.of_steady:
         able = ", ".join(repr(x.name) for x in adjoints.ADJOINTS.values() if x.of_steady)
         raise ValueError(
@@ -153,24 +153,6 @@ def _horizon(t, layout: Layout, joint: bool) -> Tensor:
             raise ValueError(f"t must end after it starts, got {t!r}")
     times = torch.tensor(bounds, dtype=layout.time_dtype, device=layout.device)[:, None]
     return times if joint else times.expand(-1, layout.batch)
-
-
-@contextlib.contextmanager
-def parametrized_once(f):
-    """Weight and spectral norms are computed once, at the beginning of a solve, with their gradients.
-
-    What torch.nn.utils.parametrize makes at the first use in here it gives again at every other one. The first use is
-    made on the tape: those of the solve are not.
-    """
-    found = [m for m in modules(f) if parametrize.is_parametrized(m)]
-    if not found:
-        yield
-        return
-    with parametrize.cached():
-        for module in found:
-            for name in module.parametrizations:
-                getattr(module, name)
-        yield
 
 
 def _report(problem: Problem, trajectory, on_failure: str):

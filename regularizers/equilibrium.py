@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from neuralde import introspection, stability
+from neuralde import introspection, parametrized, stability
 from neuralde.solution import Solution
 from neuralde.solvers.iteration import count, real
 
@@ -62,8 +62,8 @@ class EquilibriumJacobian(Regularizer):
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""
         states = solution._outcome.final if self.through_state else solution._outcome.final.detach()
-        at = stability.end(solution, states)
-        with torch.enable_grad():
+        with parametrized.as_solved(solution), torch.enable_grad():
+            at = stability.end(solution, states)
             product = stability.jacobian_products(at.f, at.z, taped=torch.is_grad_enabled())
             like = real(at.z.detach())
             total = torch.zeros_like(like[:, 0])

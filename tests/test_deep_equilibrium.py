@@ -307,6 +307,50 @@ def test_variational_dropout_zeroes_channels():
         nde.VariationalDropout(1.0)
 
 
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nde.VariationalDropout(0.5)])
+def test_the_first_step_is_of_the_same_network(dropout):
+    """f(0, x) has the masks of the solve, and is counted: Skip compares two states of one network."""
+    f, x = Block(copy.deepcopy(dropout), scale=0.05), inputs()
+    layer = nde.DeepEquilibrium(f, solver="fixed_point", initial="first_step", rtol=1e-6)
+    plain = nde.DeepEquilibrium(f, solver="fixed_point", rtol=1e-6)
+    torch.manual_seed(3)
+    z = layer(x)
+    own = torch.rand(3)
+    torch.manual_seed(3)
+    torch.testing.assert_close(plain(x), z, rtol=1e-4, atol=1e-5)
+    assert torch.equal(own, torch.rand(3))  # as many numbers drawn
+    close(plain.solution.steps.z[1], layer.solution.zs[0], 1e-6)
+    assert torch.equal(plain.solution.stats.nfe, layer.solution.stats.nfe)
+    layer.eval()
+    before = f.calls
+    with torch.no_grad():
+        layer(x)
+    assert layer.solution.stats.function_calls == f.calls - before
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_penalties_and_lenses_have_the_weights_of_the_solve(norm):
+    f, x = Block(normed=norm), inputs()
+    layer = nde.DeepEquilibrium(f, solver="tsit5")
+    layer(x).sum().backward()  # frees the graph of the weights
+    buffers = {name: b.clone() for name, b in f.named_buffers()}
+    layer.eval()
+    weight = f.w.weight.detach().clone()
+    layer.train()
+    seen = []
+    f.w.parametrizations.weight.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    looks = [reg.EquilibriumJacobian(), reg.Contraction(), reg.LocalError()]
+    for look in [*looks, lambda layer: nde.introspection.spectral_radius(layer.solution)]:
+        seen.clear()
+        value = look(layer)
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], weight)
+        if value.requires_grad:
+            value.backward()
+    assert all(torch.equal(b, buffers[name]) for name, b in f.named_buffers())
+    assert f.w.parametrizations.training
+
+
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_norms_of_weights_are_computed_once_per_solve(norm):
     f, x, made = Block(normed=norm, scale=0.6), inputs(), 0

@@ -128,11 +128,6 @@ def make_penalty(config, variant: Variant) -> reg.Regularizer | None:
     return sum(parts) if parts else None
 
 
-def evaluations(layer: nde.DeepEquilibrium) -> float:
-    """Mean NFE per sample of the last call, the one of f(0, x) that a solve started with among them."""
-    return layer.solution.stats.nfe.double().mean().item() + (layer.initial == "first_step")
-
-
 def compare(config, task: Task, columns: dict[str, Column], name: str, title: str) -> Result:
     """Trains every variant with every seed. Shows its progress on standard error.
 
@@ -206,7 +201,7 @@ def _measured(config, model: nn.Sequential, task: Task, name: str) -> dict[str, 
     for x in task.test_x.split(config.batch):
         found.append(model(x))
         share = len(x) / len(task.test_x)
-        figures["nfe"] += share * evaluations(layer)
+        figures["nfe"] += share * layer.solution.stats.nfe.double().mean().item()
         figures["depth"] += share * layer.solution.depth.double().mean().item()
         figures["converged"] += share * layer.solution.converged.double().mean().item()
     model.train()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import control as _control
-from .. import steady
+from .. import parametrized, steady
 from .. import termination as _termination
 from ..equations import SteadyState
-from ..field import mixing_message, mixing_module
+from ..field import again, mixing_message, mixing_module
 from ..solution import Solution
 from ..solve import solve
 from ..solvers import Solver
@@ -36,7 +36,7 @@ class DeepEquilibrium(nn.Module):
             ("fixed_point", "anderson", "broyden", "newton").
         initial: where the solve starts. "zeros", of the shape of x; "first_step", f(0, x), which makes a Skip Reg. DEQ
             of it; or a Module (or function) of x, which makes a Skip DEQ of it. It gets no gradient from the steady
-            state, but from `regularizers.Skip`.
+            state, but from `regularizers.Skip`; and, while pretraining, from the unrolled steps.
         pretrain_depth: for a warm-up: so many steps z ← f(z, x) from the start are made and differentiated, in place of
             solving for the steady state, until `end_pretraining()` is called, in eval mode too. None: no warm-up.
         **solve_options: of `solve`: rtol, atol, control, adjoint, termination, max_steps, on_failure, ...
@@ -127,12 +127,13 @@ class DeepEquilibrium(nn.Module):
         """
         self.solution = None  # lets go of the last call's graph before this one's is built
         self._refuse_mixing()
-        with steady.parametrized_once(self.f):
+        with parametrized.once(self.f):
             z0 = self._start(x)
             if not bool(self.pretraining):
                 self.solution = solve(self.equation, z0, args=x, **self.solve_options)
             else:
                 self.solution = self._unrolled(z0, x)
+        self.solution.before = int(self.initial == "first_step")
         return self.solution
 
     def _start(self, x):
@@ -144,7 +145,10 @@ class DeepEquilibrium(nn.Module):
                 f"{type(x).__name__}; pass a function of x as initial"
             )
         zeros = torch.zeros_like(x.detach(), memory_format=torch.contiguous_format)
-        return zeros if self.initial == "zeros" else self.f(zeros, x)
+        if self.initial == "zeros":
+            return zeros
+        with again(x.device):  # the solve draws the same mask of a dropout: it is the same network
+            return self.f(zeros, x)
 
     def _unrolled(self, z0, x) -> Solution:
         """The first steps of the fixed-point iteration, on the tape."""
