@@ -158,6 +158,20 @@ def test_the_same_approximations_by_other_names():
     )
 
 
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_short_names_of_adjoints(name):
+    """Where the equation is a steady state; elsewhere the message has the whole one."""
+    z, equation = torch.ones(1, 1), nde.SteadyState(lambda z, x: 0.5 * z + x)
+    x = torch.ones(1, 1, requires_grad=True)
+    solution = nde.solve(equation, z, solver="fixed_point", args=x, adjoint=name)
+    solution.final.sum().backward()
+    close(x.grad, torch.full((1, 1), 2.0), 1e-3)
+    assert solution.backward_stats.linear_solves.tolist() != [0]
+    nde.DeepEquilibrium(lambda z, x: 0.5 * z + x, adjoint=name)
+    with refused(ValueError, f"implicit-{name}"):
+        nde.solve(nde.ODE(lambda t, z: -z), z, (0.0, 1.0), adjoint=name)
+
+
 @pytest.mark.parametrize("solver", ["fixed_point", "tsit5", "rosenbrock23"])
 def test_direct_differentiates_the_steps(solver):
     """Its gradients tend to the implicit ones, and z0 has one that dies out."""
