@@ -304,7 +304,7 @@ def rotation(z, rate):
 
 @pytest.mark.parametrize("solver", [*EQUILIBRIUM, "tsit5", "vcab3", "auto"])
 def test_a_slow_sample_costs_the_others_nothing(solver):
-    """What each gets and pays is what it gets and pays alone; f is evaluated for hardly more."""
+    """What each gets and pays is what it gets and pays alone; f is evaluated for more, by no more than a factor."""
     rate = torch.linspace(0.1, 0.5, 24, dtype=torch.float64)
     rate[7] = 0.97
     counted = Counted(lambda t, z, rate: rotation(z, rate))
@@ -319,10 +319,10 @@ def test_a_slow_sample_costs_the_others_nothing(solver):
         assert together.depth[i] == alone.depth[0]
         torch.testing.assert_close(together.final[i], alone.final[0], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(together.residual[i], alone.residual[0], rtol=1e-3, atol=1e-12)
+    # Rows that have ended are evaluated until it is worth leaving them out: steps of an iteration are cheap, and wait.
+    assert evaluated < (2.5 if solver in EQUILIBRIUM else 1.1) * needed
     if solver in ("fixed_point", "tsit5", "vcab3"):  # the others are done before it is worth leaving samples out
-        slow = int(together.stats.nfe[7])
-        assert slow > 2 * int(together.stats.nfe.double().median())
-        assert evaluated < needed + 0.35 * 24 * slow
+        assert int(together.stats.nfe[7]) > 2 * int(together.stats.nfe.double().median())
 
 
 def test_joint_control_ends_the_batch_as_one():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,24 +92,29 @@ def _with_gradient(problem: Problem, trajectory: Trajectory) -> Tensor | None:
 
 
 def _without(problem: Problem, final: Tensor) -> Tensor:
-    """States that have no gradient to hand on, in the graph all the same.
+    """States that have no gradient to hand on, in the graph all the same."""
+    leaves = pytree.tree_leaves(problem.field.args)
+    given = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    return beside(final, {id(x): x for x in (*given, *reachable(problem.field.equation.f))}.values())
+
+
+def beside(final: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """The states, with a gradient of zero for these tensors.
 
     Parameters that get none at all would keep torch's DistributedDataParallel waiting for them.
     """
-    leaves = pytree.tree_leaves(problem.field.args)
-    given = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    return _Nothing.apply(final, *{id(x): x for x in (*given, *reachable(problem.field.equation.f))}.values())
+    return _Beside.apply(final, *tensors)
 
 
-class _Nothing(torch.autograd.Function):
+class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx, final: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        ctx.like = [{"size": x.shape, "dtype": x.dtype, "device": x.device} for x in tensors]
         return final.clone()
 
     @staticmethod
     def backward(ctx, v: Tensor):
-        return None, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+        return v, *(torch.zeros(**like) for like in ctx.like)
 
 
 def at_rest(problem: Problem, trajectory: Trajectory, rows: Tensor | None, z: Tensor | None = None):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import control as _control
 from .. import parametrized, steady
 from .. import termination as _termination
+from ..adjoints.implicit import beside
 from ..equations import SteadyState
 from ..field import again, mixing_message, mixing_module
 from ..solution import Solution
@@ -35,8 +36,8 @@ class DeepEquilibrium(nn.Module):
         solver: of `solve`: a name or an object. For ODEs ("tsit5", "vcab3", "rodas5p", ...) or an iteration
             ("fixed_point", "anderson", "broyden", "newton").
         initial: where the solve starts. "zeros", of the shape of x; "first_step", f(0, x), which makes a Skip Reg. DEQ
-            of it; or a Module (or function) of x, which makes a Skip DEQ of it. It gets no gradient from the steady
-            state, but from `regularizers.Skip`; and, while pretraining, from the unrolled steps.
+            of it; or a Module (or function) of x, which makes a Skip DEQ of it. Its parameters' gradient by the steady
+            state is zero; they have one by `regularizers.Skip` and, while pretraining, by the unrolled steps.
         pretrain_depth: for a warm-up: so many steps z ← f(z, x) from the start are made and differentiated, in place of
             solving for the steady state, until `end_pretraining()` is called, in eval mode too. None: no warm-up.
         **solve_options: of `solve`: rtol, atol, control, adjoint, termination, max_steps, on_failure, ...
@@ -134,6 +135,9 @@ class DeepEquilibrium(nn.Module):
             else:
                 self.solution = self._unrolled(z0, x)
         self.solution.before = int(self.initial == "first_step")
+        outcome = self.solution._outcome
+        if isinstance(self.initial, nn.Module) and outcome.final.requires_grad:
+            outcome.final = beside(outcome.final, [p for p in self.initial.parameters() if p.requires_grad])
         return self.solution
 
     def _start(self, x):
