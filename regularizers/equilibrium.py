@@ -113,9 +113,13 @@ class Contraction(Regularizer):
     """The solver's own heuristics near the steady state: how hard the last step of the way was.
 
     Of an iteration (fixed_point, anderson, broyden, newton) the ratio of successive residuals, ‖g(z + g(z))‖ / ‖g(z)‖
-    where the last step began; of a solver for ODEs the error·|dt| and the stiffness of its last step. t, dt, z and g(z)
-    where it began are constants to the gradient, as in the published local regularization: else it would be one of
-    where the steady state lies.
+    where the last step began; of a solver for ODEs the error·|dt| and the stiffness of its last step, as
+    `solution.steps` has them. t, dt, z and g(z) where it began are constants to the gradient, as in the published local
+    regularization: else it would be one of where the steady state lies.
+
+    "vcab3" estimates its error from slopes of earlier steps, which are such constants; bs3, by which it begins, stands
+    in for it on a step of the same size. That error is another quantity, much smaller than vcab3's own as a rule: a
+    weight is of one solver.
 
     Args:
         weight: a number or a schedule.

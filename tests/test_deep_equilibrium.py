@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import EQUILIBRIUM, STEADY, close, refused
+from helpers import EQUILIBRIUM, SOLVERS, STEADY, close, refused
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -475,6 +475,30 @@ def test_penalties(penalty, solver):
     # Where the last step begins changes from solve to solve, and the heuristics of an accelerated one with it.
     if penalty != "Contraction" or solver in ("fixed_point", "newton"):
         assert float(value().detach()) < float(before.detach())
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if nde.solvers.SOLVERS[s].error_order is not None])
+def test_contraction_is_of_the_last_step(solver, control):
+    """Of the figures that the solve reported; vcab3's is that of the method that it starts with."""
+    x = inputs(torch.float64)
+    layer = nde.DeepEquilibrium(Block().double(), solver=solver, control=control)
+    solution = layer.solve(x)
+    steps, everyone = solution.steps, torch.arange(BATCH)
+    last = solution.depth - 1
+    if solver == "vcab3":
+        assert nde.introspection.probe_last(solution).solver.name == "bs3"
+        assert bool((reg.Contraction().figure(solution) < steps.error[last, everyone] * steps.dt[last, everyone]).all())
+        return
+    for names, how in (
+        (("error",), {"stiffness": False}),
+        (("stiffness",), {"error": False}),
+        (("error", "stiffness"), {}),
+    ):
+        figures = {name: getattr(steps, name) for name in names}
+        wanted = [x * steps.dt if name == "error" else x for name, x in figures.items() if x is not None]
+        if wanted:
+            torch.testing.assert_close(reg.Contraction(**how).figure(solution), sum(wanted)[last, everyone])
 
 
 @pytest.mark.parametrize("penalty", [n for n, cls in reg.REGULARIZERS.items() if cls.of_steady])
