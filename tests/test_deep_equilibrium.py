@@ -345,6 +345,18 @@ def test_variational_dropout_zeroes_channels():
         nde.VariationalDropout(1.0)
 
 
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_variational_dropout_of_sequences_zeroes_features(dim):
+    y = nde.VariationalDropout(0.4, dim)(torch.ones(50, 7, 8))
+    assert bool((y == y[:, :1]).all()) and 0.3 < float((y == 0).float().mean()) < 0.5
+    assert not bool((y == y[..., :1]).all())
+    for wrong, error in ((0, ValueError), ("channels", TypeError)):
+        with refused(error, "dim"):
+            nde.VariationalDropout(0.4, wrong)
+    with refused(ValueError, "dim=2", "(5, 3)"):
+        nde.VariationalDropout(0.4, 2)(torch.ones(5, 3))
+
+
 @pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nde.VariationalDropout(0.5)])
 def test_the_first_step_is_of_the_same_network(dropout):
     """f(0, x) has the masks of the solve, and is counted: Skip compares two states of one network."""
