@@ -68,5 +68,6 @@ def findings(result: Result) -> list[Finding]:
     return [
         equilibria.saving(result, "Skip DEQ", "nfe", 2.0, "NFE"),
         equilibria.saving(result, "Skip Reg. DEQ", "nfe", 1.3, "NFE"),
+        *equilibria.collapsed(result),
         Finding(f"the largest squared error is {worst}'s, {losses[worst]:.2e}; that of the DEQ is {losses['DEQ']:.2e}"),
     ]
