@@ -1,16 +1,18 @@
 """The recipes on deep equilibria, at sizes that a test can afford."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from helpers import refused
 
+import neuralde as nde
 from neuralde.experiments import cli, equilibria, mnist_deq_fc, polynomial, recipe, synthetic_deq
 
 TINY = {
     "polynomial": ["--epochs", "2", "--batch", "256", "--width", "8", "--seeds", "2"],
-    "synthetic-deq": ["--epochs", "1", "--batch", "512", "--seeds", "2"],
+    "synthetic-deq": ["--epochs", "1", "--batch", "1024", "--seeds", "5"],
     "mnist-deq-fc": ["--epochs", "1", "--batch", "64", "--width", "32", "--seeds", "1"],
 }
 
@@ -23,7 +25,9 @@ def test_runs_and_saves(name, tmp_path, capsys):
     assert len(found["rows"]) == (3 if name == "synthetic-deq" else 6)
     for row in found["rows"]:
         assert all(row[what] is not None for what in row if not what.endswith("_spread"))
-        assert 0.0 <= row["converged"] <= 1.0
+        shares = [row[what] for what in row if what.endswith("converged")]
+        assert shares and all(0.0 <= share <= 1.0 for share in shares)
+    assert all(len(found["trials"][row["model"]]) == row["runs"] for row in found["rows"])
     assert any(x["holds"] is not None for x in found["findings"])
     if name != "synthetic-deq":
         assert {len(run["nfe"]) for runs in found["history"].values() for run in runs} == {found["config"]["epochs"]}
@@ -78,14 +82,64 @@ def test_synthetic_slope_and_steady_state():
         f.out.weight.fill_(0.01)  # f(z, x) = relu(z + x) / 2, at rest at z = x > 0
     x = torch.rand(16, 1) + 0.5
     figures = synthetic_deq.measured(f, x, x)
-    assert figures["slope"] == pytest.approx(0.5) and figures["loss"] < 1e-4 and figures["converged"] == 1.0
+    assert figures["slope"] == pytest.approx(0.5) and figures["loss"] < 1e-4
+    assert figures["anderson_converged"] == figures["fixed_point_converged"] == 1.0
     assert figures["anderson"] < figures["fixed_point"]  # linear: a secant is exact
 
 
+def test_backward_systems_that_are_not_solved_are_counted():
+    config = mnist_deq_fc.Config(epochs=1, batch=32, width=8, max_steps=5)
+    x, y = torch.rand(64, 4), torch.randint(2, (64,))
+    task = equilibria.Task(x, y, x, y, 2, torch.nn.functional.cross_entropy, mnist_deq_fc.accuracy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures, _ = equilibria._trial(config, task, equilibria.VARIANTS["DEQ"], 0, "accuracy", lambda: None)
+    assert 0.0 <= figures["unsolved"] <= 1.0
+
+    def backward():
+        warnings.warn("systems were not solved", nde.SolveWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    with pytest.warns(UserWarning, match="something else") as caught:
+        assert equilibria._inaccurate(backward)
+    assert len(caught) == 1 and not equilibria._inaccurate(lambda: None)
+
+
+def test_a_sample_that_does_not_get_there_costs_the_limit():
+    f = synthetic_deq.Map(2)
+    with torch.no_grad():
+        f.state.weight.fill_(1.0)
+        f.input.weight.fill_(0.0)
+        f.input.bias.fill_(1.0)
+        f.out.weight.fill_(1.0)  # f(z, x) = 2 relu(z + 1): runs away from 0
+    figures = synthetic_deq.measured(f, torch.zeros(3, 1), torch.zeros(3, 1))
+    assert figures["fixed_point"] == 201.0 and figures["fixed_point_converged"] == 0.0
+
+
+def test_pairs_of_runs_are_compared():
+    def result(values):
+        rows = {"a": [0.0] * len(values), "b": values}
+        return recipe.Result("", {}, {row: [{"x": v} for v in runs] for row, runs in rows.items()})
+
+    def holds(*values):
+        return synthetic_deq.falls(result(values), "x", "x", "a", "b").holds
+
+    assert holds(-1, -1, -1, -1, -100) is True and holds(-1, -1, -1, 1, -100) is False
+    assert holds(-1, -1, -1) is None
+
+
+def test_collapsed_layers_are_named():
+    rows = {"DEQ": [{"depth": 9.0}], "Skip Reg. DEQ": [{"depth": 0.2}]}
+    (remark,) = equilibria.collapsed(recipe.Result("", {"depth": recipe.Column("depth")}, rows))
+    assert remark.holds is None and "collapsed: Skip Reg. DEQ." in remark.text
+    del rows["Skip Reg. DEQ"]
+    assert not equilibria.collapsed(recipe.Result("", {"depth": recipe.Column("depth")}, rows))
+
+
 def test_findings_can_fail():
-    columns = {"nfe": recipe.Column("NFE"), "loss": recipe.Column("loss")}
+    columns = {"nfe": recipe.Column("NFE"), "loss": recipe.Column("loss"), "depth": recipe.Column("depth")}
     rows = {"DEQ": 20.0, "Skip DEQ": 9.0, "Skip Reg. DEQ": 18.0}
-    result = recipe.Result("", columns, {row: [{"nfe": nfe, "loss": 1.0}] for row, nfe in rows.items()})
+    result = recipe.Result("", columns, {row: [{"nfe": nfe, "loss": 1.0, "depth": 1.0}] for row, nfe in rows.items()})
     assert [x.holds for x in polynomial.findings(result)] == [True, False, None]
 
 

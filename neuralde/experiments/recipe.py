@@ -185,6 +185,7 @@ def summary(name: str, config, result: Result, command: str) -> dict:
         "command": command,
         "config": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(config).items()},
         "rows": result.rows(),
+        "trials": result.trials,
         "findings": [dataclasses.asdict(finding) for finding in result.findings],
         "versions": versions(),
         **result.details,
