@@ -151,23 +151,25 @@ def probe_step(
     Args:
         f, z, solver, rtol, atol: of `probe`.
         t, dt: tensors with one number.
-        figure: "error" or "stiffness": take that one alone, and leave the other one None.
+        figure: "error", "raw_error" or "stiffness": take that one alone, and leave the others None.
     """
     layout = Layout.of(z)
     t, dt = (x.detach().to(layout.time_dtype).reshape(1) for x in (t, dt))
+    end = t + dt
     field = Field(ODE(f), layout, None, True, solver.linearizes)
     problem = Problem(
         field=field,
         solver=solver,
         control=_control.get("joint"),
-        times=torch.stack([t, t + dt]),
+        times=torch.stack([t, end]),
         norm=_control.Norm(rtol, atol, True),
         dt0=None,
         max_steps=1,
         keep_stages=False,
     )
     flat = layout.pack(z).to(layout.work_dtype)
-    return _look(problem, t, flat, field.first(t, flat, t + dt), dt, figure)
+    memory = solver.memory_of_one(flat, transforms.recording())
+    return _look(problem, t, flat, field.first(t, flat, end), dt, figure, memory)
 
 
 def _noise_span(dt: Tensor | None, span: Tensor | None) -> Tensor:
@@ -330,10 +332,23 @@ def _look_at(problem: Problem, z: Tensor, t: Tensor, which: Tensor) -> Probe:
     return Probe(solver=found.solver, **pytree.tree_map_only(Tensor, spread, values))
 
 
-def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | None, figure: str | None = None) -> Probe:
-    """The step from (t, z), where f is slope; with the figure "error" or "stiffness" alone, or both.
+def _look(
+    problem: Problem,
+    t: Tensor,
+    z: Tensor,
+    slope: Tensor,
+    dt: Tensor | None,
+    figure: str | None = None,
+    memory: Any = None,
+) -> Probe:
+    """The step from (t, z), where f is slope; with one figure alone, or all of them.
 
     All [samples] or [1] under joint control.
+
+    Args:
+        problem, t, z, slope, dt: of the step.
+        figure: of `probe_step`.
+        memory: of the solver, for this step; None, and it is made.
     """
     p, solver, batch = problem, problem.solver, len(z)
     with full_precision(z.device):
@@ -345,12 +360,15 @@ def _look(problem: Problem, t: Tensor, z: Tensor, slope: Tensor, dt: Tensor | No
         f = p.field
         if p.noisy:
             f = Driven(f, f.diagonal, f.paths.fresh(), t, t + dt)
-        step = solver.attempt(f, t, dt, z, slope, solver.memory(z, transforms.recording()))
+        memory = solver.memory(z, transforms.recording()) if memory is None else memory
+        lens = {None: True, "raw_error": "error"}.get(figure, figure)
+        step = solver.attempt(f, t, dt, z, slope, memory, lens)
         error = raw = stiffness = None
-        if step.error is not None and figure != "stiffness":
+        if step.error is not None and figure in (None, "error"):
             error = p.ratio(step.error, z, step.z).expand(batch)
+        if step.error is not None and figure in (None, "raw_error"):
             raw = _control.rms(step.error, p.joint).expand(batch)
-        if figure != "error":
+        if figure in (None, "stiffness"):
             stiffness = p.stiffness(step, dt)
             stiffness = None if stiffness is None else stiffness.expand(batch)
     return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)

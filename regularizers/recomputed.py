@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _KEPT = 1024  # seeds, a number each
+# Of newer versions of torch: (whether those of a tracer count) -> the hooks that a saved tensor gets, or None.
+_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def again() -> int:
@@ -18,6 +20,10 @@ def again() -> int:
 
 def hooked() -> bool:
     """Whether something takes in what the tape keeps, as a checkpoint does, which expects the same ones once more."""
+    return _hooked_by_trial() if _HOOKS is None else _HOOKS(False) is not None
+
+
+def _hooked_by_trial() -> bool:
     with torch.enable_grad():
         node = torch.ones((), requires_grad=True).exp().grad_fn  # held, for what it keeps is gone with it
     try:

@@ -95,7 +95,7 @@ def unwanted(f) -> str | None:
 
 
 def able(solver, figure: str | None) -> bool:
-    """Whether a step of a solver has the figure "error" or "stiffness"."""
+    """Whether a step of a solver has the figure "error", "raw_error" or "stiffness"."""
     return figure is None or (solver.reports_stiffness if figure == "stiffness" else solver.error_order is not None)
 
 
@@ -121,12 +121,12 @@ def sampled(drawn: random.Random, start: Tensor, end: Tensor) -> Tensor:
 
 
 def within(t: Tensor, dt: Tensor, end: Tensor) -> Tensor:
-    """A (signed) step from t, at most to the end of the horizon: f may not be known beyond it."""
-    t, end = t.to(dt.device, torch.float64), end.to(dt.device, torch.float64)
-    left = (end - t).to(dt)
-    dt = torch.where(dt.abs() < left.abs(), dt, left)
-    beyond = (t + dt - end) * left > 0  # by rounding
-    return torch.where(beyond, torch.nextafter(dt, torch.zeros_like(dt)), dt)
+    """A (signed) step from t, at most to the end of the horizon: f may not be known beyond it. One number each."""
+    t, end = float(t), float(end)  # once per solve, and sooner done than with tensors
+    left = end - t
+    dt = dt if abs(float(dt)) < abs(left) else torch.full_like(dt, left)
+    beyond = (t + float(dt) - end) * left > 0  # by rounding
+    return torch.nextafter(dt, torch.zeros_like(dt)) if beyond else dt
 
 
 def shown(z, through: bool, taped: bool, source: str, others: str):
@@ -208,8 +208,8 @@ class Recorded:
         Args:
             sampling: of `place`. through_state: whether gradients flow into the state there.
             solver: another method than the one that corresponds to the library's.
-            figure: "error" or "stiffness", the only one that is wanted: tsit5 steps in for a method without it. None:
-                those that the method has.
+            figure: "error", "raw_error" or "stiffness", the only one that is wanted: tsit5 steps in for a method
+                without it. None: those that the method has.
 
         Samples that are not finite there or at the end of the solve have no part in it: the figures, which are one for
         the whole state, are those of the others.
@@ -318,7 +318,8 @@ class Passing:
         Args:
             t, dt: its start and (positive) size, a number each. z: the state at its start.
         """
-        t, dt = (x.detach() if isinstance(x, Tensor) else x for x in (t, dt))
+        t = t.detach() if isinstance(t, Tensor) else t
+        dt = dt.detach() if isinstance(dt, Tensor) else dt
         self._count += 1
         if self._drawn.random() * self._count < 1.0:
             self.uniform = t, z, dt

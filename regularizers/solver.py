@@ -180,9 +180,14 @@ class _Local(Regularizer):
             raise ValueError(
                 f"generator: the times of {solution.source} were sampled as it was made; give record(generator=...) one"
             )
-        return solution.probe(self.sampling, self.through_state, self.solver, self._figure)
+        return solution.probe(self.sampling, self.through_state, self.solver, self._alone)
 
     _figure = "error"
+
+    @property
+    def _alone(self) -> str:
+        """The only figure of a `Probe` that is looked at."""
+        return self._figure
 
     def extra_repr(self) -> str:
         """Weight and options."""
@@ -227,6 +232,10 @@ class LocalError(_Local):
     ):
         super().__init__(sampling, weight, through_state, solver, generator)
         self.scaled = scaled
+
+    @property
+    def _alone(self) -> str:
+        return "error" if self.scaled else "raw_error"
 
     def figure(self, solution: Solution) -> Tensor:
         """See `Regularizer.figure`."""

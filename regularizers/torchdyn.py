@@ -38,6 +38,8 @@ _SOLVERS = {
 }
 # What torchdyn leaves on modules for the time of a call: data control, and the noise of trace estimators.
 _LEFT = ("_control", "noise")
+# What torchdyn looks up in a solver at every step, and never changes.
+_CONSTANTS = ("order", "safety", "min_factor", "max_factor")
 
 
 def attach(model: nn.Module, engine: str | None, solve_options: dict) -> bool:
@@ -172,6 +174,7 @@ class _Eye:
 
     def __init__(self, solver, drawn: random.Random):
         self._solver, self._drawn = solver, drawn
+        vars(self).update((name, getattr(solver, name)) for name in _CONSTANTS if hasattr(solver, name))
         self.passing = self.at = self.end = self.f = self.args = self._attempt = None
         self._open = True
 
@@ -180,7 +183,7 @@ class _Eye:
         return type(self._solver)
 
     def __getattr__(self, name):
-        if "_solver" not in vars(self):  # not made yet: of a copy, or of one that is being unpickled or traced
+        if name == "_solver":  # not made yet: of a copy, or of one that is being unpickled or traced
             raise AttributeError(name)
         return getattr(self._solver, name)
 
@@ -188,7 +191,7 @@ class _Eye:
         """The solver's, which every solve begins with."""
         x, t_span = self._solver.sync_device_dtype(x, t_span)
         if self._open and self.passing is None:
-            start, self.end = t_span.detach()[[0, -1]]
+            start, self.end = t_span[0].detach(), t_span[-1].detach().clone()  # not a view: t_span is the caller's
             self.at = sampled(self._drawn, start, self.end)
             self.passing = Passing(self._drawn, 1, float(self.at))
         return x, t_span
@@ -256,22 +259,21 @@ class _Solve:
         tableau = getattr(_SOLVERS.get(type(self.solver).__name__), "tableau", None)
         if stages and tableau is not None and tableau.interpolant is not None:
             dt, part = (dt, part) if through else (float(dt), float(part))
+            powers = [(part / dt) ** power for power, _ in enumerate(tableau.interpolant[0], start=1)]
             for row, slope in zip(tableau.interpolant, stages[0], strict=True):
-                weight = dt * sum(rate * (part / dt) ** power for power, rate in enumerate(row, start=1))
+                weight = dt * sum(rate * power for rate, power in zip(row, powers, strict=True))
                 x = x + weight * slope if through else torch.add(x, slope.detach(), alpha=weight)
             return x
         k1 = k1 if through or k1 is None else k1.detach()
         with torch.set_grad_enabled(through and torch.is_grad_enabled()), _as_left(self.left):
             return self.solver.step(self.f, x, t, part, k1=k1, args=self.args)[1]
 
-    def _field(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.layer.vf(t.reshape(self.passing.around[0].shape), z)
-
     def _lens(self, place: Place, z, solver, figure: str | None, rows: Rows) -> Probe:
         own = method_of(self.solver) if solver is None else solvers.get(solver)
         own = own if solver is not None or able(own, figure) else solvers.get("tsit5")
+        f, shape = self.layer.vf, self.passing.around[0].shape
         with _as_left(self.left):
-            field = rows.still(self._field)
+            field = rows.still(lambda t, z: f(t.reshape(shape), z))
             return rows.averaged(
                 introspection.probe_step(field, place.t, z, place.dt, own, self.rtol, self.atol, figure)
             )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import regularizers as reg
 from regularizers import torchdiffeq as adapter
 from regularizers import torchsde as sde_adapter
-from regularizers.recomputed import Seeds
+from regularizers.recomputed import Seeds, hooked
 
 FUNCTION = pytest.mark.parametrize("function", FUNCTIONS)
 
@@ -146,3 +146,23 @@ def test_a_torchdyn_layer():
         y.sum().backward()
         found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_takes_in_the_tape_is_noticed(told, monkeypatch):
+    """Where torch tells, and by trial where it does not."""
+    if not told:
+        monkeypatch.setattr("regularizers.recomputed._HOOKS", None)
+    found = []
+
+    def noted(x):
+        found.append(hooked())
+        return x.exp()
+
+    assert not hooked()
+    with torch.no_grad():
+        assert not hooked()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert hooked()
+    checkpoint(noted, start().requires_grad_(), use_reentrant=False).sum().backward()
+    assert found == [True, True] and not hooked()

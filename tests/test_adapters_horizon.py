@@ -105,9 +105,10 @@ def test_a_step_to_the_end_is_not_beyond_it(dtype):
     draws = torch.rand(2, 2000, generator=torch.Generator().manual_seed(0), dtype=dtype)
     for sign in (1, -1):
         t, end = sign * (draws[0] - 1), sign * draws[1]
-        dt = within(t, sign * torch.full_like(t, 5.0), end)
+        dt = torch.stack([within(*step) for step in zip(t, sign * torch.full_like(t, 5.0), end, strict=True)])
         assert bool((sign * (t.double() + dt - end) <= 0).all()) and bool(((t + dt - end).abs() < 1e-6).all())
-        assert torch.equal(within(t, dt / 2, end), dt / 2)
+        half = torch.stack([within(*step) for step in zip(t, dt / 2, end, strict=True)])
+        assert torch.equal(half, dt / 2)
 
 
 def test_a_sampled_time_is_before_the_end():

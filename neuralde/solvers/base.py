@@ -144,6 +144,10 @@ class Solver(TorchdynProtocol, abc.ABC):
     def memory(self, z: Tensor, taped: bool) -> Any:
         """Where a step keeps its stages: a reused buffer, or a list that autograd may hold when `taped`."""
 
+    def memory_of_one(self, z: Tensor, taped: bool) -> Any:
+        """`memory` for a step with one dt for the whole batch, whose number the host may wait for."""
+        return self.memory(z, taped)
+
     @abc.abstractmethod
     def attempt(
         self,
@@ -153,7 +157,7 @@ class Solver(TorchdynProtocol, abc.ABC):
         z: Tensor,
         slope: Tensor | None,
         memory: Any,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
         past: Past | None = None,
     ) -> Step:
@@ -165,8 +169,8 @@ class Solver(TorchdynProtocol, abc.ABC):
             z: [batch, features].
             slope: f(t, z) where it is known; None and it is evaluated.
             memory: of `self.memory(z, taped)`; its previous contents are overwritten.
-            lens: whether `error` and the stiffness are wanted. Without them, and without `close`, the last stage of an
-                FSAL method is saved.
+            lens: whether `error` and the stiffness are wanted; "error" or "stiffness", and a method may leave the other
+                one out. Without them, and without `close`, the last stage of an FSAL method is saved.
             close: whether the slope at the step's end is wanted even where the method does not compute it:
                 interpolation needs it.
             past: the `history` steps before; only given to a method that has one.

@@ -197,7 +197,7 @@ class OneStep(_Formulaic):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `SDESolver.attempt`."""
@@ -257,7 +257,7 @@ class StepDoubling(_Formulaic):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `SDESolver.attempt`."""

@@ -73,7 +73,7 @@ class Foreign(Solver):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `Solver.attempt`."""

@@ -49,20 +49,20 @@ class ImplicitEuler(Implicit):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `Solver.attempt`."""
         if z.is_complex():
             slope = None if slope is None else to_real(slope)
-            step = self._step(RealField(f), t, dt, to_real(z), slope, lens, as_complex=True)
+            step = self._step(RealField(f), t, dt, to_real(z), slope, bool(lens), as_complex=True)
             start, coefficients = step.stages
             z_end, error, slope_end = (
                 None if x is None else to_complex(x) for x in (step.z, step.error, step.slope_end)
             )
             stages = to_complex(start), lambda: [to_complex(x) for x in coefficients()]
             return step._replace(z=z_end, error=error, slope_end=slope_end, stages=stages)
-        return self._step(f, t, dt, z, slope, lens, as_complex=False)
+        return self._step(f, t, dt, z, slope, bool(lens), as_complex=False)
 
     def _step(self, f, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None, lens: bool, as_complex: bool) -> Step:
         h, end = dt[:, None], t + dt

@@ -103,7 +103,7 @@ class Iteration(Solver):
         z: Tensor,
         slope: Tensor | None,
         memory: Remembered,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
         past: Past | None = None,
     ) -> Step:

@@ -58,7 +58,7 @@ class AdamsBashforth3(Solver):
         z: Tensor,
         slope: Tensor | None,
         memory,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
         past: Past | None = None,
     ) -> Step:

@@ -126,7 +126,7 @@ class Rosenbrock(Implicit):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `Solver.attempt`. `slope` is of no use: it comes with the Jacobian."""

@@ -252,7 +252,7 @@ class Rossler(SDESolver):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `SDESolver.attempt`."""

@@ -208,6 +208,8 @@ class _Buffer:
 class _Tape:
     """Increments in a list of separate tensors: for steps that autograd records."""
 
+    unit = 1.0  # what weights are multiplied by
+
     def start(self, z: Tensor, dt: Tensor):
         self.dt = dt[:, None]
         self.z, self.increments = z, []
@@ -220,6 +222,7 @@ class _Tape:
         total = self.z if state else None
         for weight, d in zip(weights, self.increments, strict=True):
             if weight:
+                weight *= self.unit
                 total = d * weight if total is None else torch.add(total, d, alpha=weight)
         return total
 
@@ -230,6 +233,26 @@ class _Tape:
 
     def tensor(self) -> Tensor:
         return torch.stack([self.z, *self.increments])
+
+
+class _Slopes(_Tape):
+    """The same for a step whose dt is one number: it goes into the weights, so that no slope is multiplied by it."""
+
+    def start(self, z: Tensor, dt: Tensor):
+        super().start(z, dt)
+        self.unit = float(dt)
+
+    def append(self, slope: Tensor):
+        # What was written to may be a buffer of f's own, which its next call writes to.
+        if slope.is_inference() or slope._version:
+            slope = slope.clone()
+        self.increments.append(slope if slope.dtype == self.z.dtype else slope.to(self.z.dtype))
+
+    def increment(self, i: int) -> Tensor:
+        return self.increments[i] * self.dt
+
+    def tensor(self) -> Tensor:
+        return torch.stack([self.z, *(slope * self.dt for slope in self.increments)])
 
 
 class RungeKutta(Solver):
@@ -264,6 +287,10 @@ class RungeKutta(Solver):
         """See `Solver.memory`."""
         return _Tape() if taped else _Buffer(z, self.tableau.stages + 1)
 
+    def memory_of_one(self, z: Tensor, taped: bool) -> _Buffer | _Tape:
+        """See `Solver.memory_of_one`."""
+        return _Slopes() if taped else self.memory(z, taped)
+
     def attempt(
         self,
         f: VectorField,
@@ -272,7 +299,7 @@ class RungeKutta(Solver):
         z: Tensor,
         slope: Tensor | None,
         memory: _Buffer | _Tape,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `Solver.attempt`."""
@@ -292,7 +319,7 @@ class RungeKutta(Solver):
             inputs.append(y)
             slope_end = f(times[i], y)
             memory.append(slope_end)
-        error = weights.error and lens and memory.combine(weights.error)
+        error = memory.combine(weights.error) if weights.error and lens and lens != "stiffness" else None
         if not self.fsal:
             z_end, slope_end = memory.combine(weights.b), None
             if close:
@@ -301,7 +328,7 @@ class RungeKutta(Solver):
         if not lens:
             return Step(z_end, None, None, slope_end, memory)
         pair = None
-        if tableau.pair is not None:
+        if tableau.pair is not None and lens != "error":
             i, j = tableau.pair
             pair = memory.increment(j), memory.increment(i), inputs[j], inputs[i]
         return Step(z_end, error, pair, slope_end, memory)

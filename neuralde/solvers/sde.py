@@ -91,7 +91,7 @@ class SDESolver(Solver):
         z: Tensor,
         slope: Tensor | None,
         memory: None,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
     ) -> Step:
         """See `Solver.attempt`; slope is the drift at (t, z), where it is known."""

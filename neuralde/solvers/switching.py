@@ -68,7 +68,7 @@ class Switching(Solver):
         z: Tensor,
         slope: Tensor | None,
         memory,
-        lens: bool = True,
+        lens: bool | str = True,
         close: bool = False,
         past: Past | None = None,
     ) -> Step:
