@@ -28,7 +28,7 @@ PENALTIES: dict[str, reg.Regularizer | None] = {"none": None} | {
 }
 LEAST_NFE = 100
 # What is measured is a tenth of a step: a round's time is the shortest of so many.
-BEST_OF = 3
+BEST_OF = 5
 PEERS = ("torchdiffeq", "torchdyn")
 
 
@@ -119,7 +119,7 @@ def measure(work: Workload, ts, rounds: int) -> tuple[list[dict], list[str]]:
 def main():
     """Measures, prints a table and writes it to results/."""
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=11, help="measurements of every program, at least 7")
+    options.add_argument("--rounds", type=int, default=9, help="measurements of every program, at least 7")
     given = options.parse_args()
     if given.rounds < 7:
         options.error("--rounds must be at least 7")
