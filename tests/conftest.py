@@ -41,6 +41,9 @@ _NUMBERS = ("test_orders.py", "test_gradients.py", "test_stiffness.py")
 # Backward Euler takes many small steps: in tests over solvers and something else, the other stiff methods stand for it,
 # but where the numbers are what is tested.
 _LIKE_ROSENBROCK = ("implicit_euler",)
+# What takes longest of the tests over solvers and controls, and shows the same under per-sample control.
+_LONG_JOINT = ("test_against_direct", "test_gradients", "test_error_follows_the_tolerance")
+_LONG = ("implicit_euler", "rosenbrock23", "rodas5p", "auto", "vcab3")
 
 
 def pytest_collection_modifyitems(items):
@@ -63,6 +66,9 @@ def pytest_collection_modifyitems(items):
                 and where not in _NUMBERS
                 and not noisy
             ):
+                item.add_marker(pytest.mark.slow)
+            long = given.get("solver", given.get("name")) in _LONG and given.get("control") == "joint"
+            if long and item.originalname in _LONG_JOINT:
                 item.add_marker(pytest.mark.slow)
 
 

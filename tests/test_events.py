@@ -299,7 +299,7 @@ def crowded(z0, rate, level, t, direction, solver, adjoint, wanted=True):
     return solution, torch.autograd.grad(loss, [z0, rate, level], materialize_grads=True)
 
 
-@pytest.mark.parametrize("solver", ["tsit5", "vcab3", "auto"])
+@pytest.mark.parametrize("solver", ["tsit5", pytest.param("vcab3", marks=pytest.mark.slow), "auto"])
 def test_a_hundred_samples_are_a_hundred_solves(solver):
     everyone = crowd(solver)
     together, gradients = crowded(*everyone, solver, "checkpointed")
