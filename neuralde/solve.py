@@ -355,8 +355,8 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
         if not all(isinstance(x, numbers.Real | Tensor) for x in t):
             raise TypeError(f"t must hold numbers or tensors, got {', '.join(type(x).__name__ for x in t)}")
         if len(t) > 1 and not any(isinstance(x, Tensor) for x in t):
-            t = _constant_times(tuple(map(float, t)), layout.time_dtype, layout.device).clone()
-            return t, t[:, None] if joint else t[:, None].expand(-1, layout.batch)
+            known = _constant_times(tuple(map(float, t)), layout.time_dtype, layout.device)
+            return _in_rows(known.clone(), layout, joint)  # the solution's own
     else:
         raise TypeError(f"t must be (t0, t1), a 1-D tensor of times or [batch, times], got {type(t).__name__}")
     if not isinstance(t, Tensor):
@@ -378,6 +378,11 @@ def _times(t, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
             't gives the samples different horizons, which control="joint" can\'t step together; '
             'use control="per_sample"'
         )
+    return _in_rows(t, layout, joint)
+
+
+def _in_rows(t: Tensor, layout: Layout, joint: bool) -> tuple[Tensor, Tensor]:
+    """Times [times] or [batch, times], as `_times` gives them back."""
     ts = t if t.dim() == 1 else t.T
     times = t[:, None] if t.dim() == 1 else t.T
     return ts, times if joint else times.expand(-1, layout.batch)
