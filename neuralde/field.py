@@ -160,8 +160,11 @@ class Field:
             t_other: other times of the horizon, shaped like t.
         """
         before, version = _generator_states(self.layout.device), _version(z)
-        with self._told_of_a_missing_batch():
+        try:
             slope, everything = self._checked(self.times(t)[0], z)
+        except Exception as error:
+            self._tell_of_a_missing_batch(error)
+            raise
         if _version(z) != version:
             raise ValueError(
                 "f changes its argument z in place, which changes the solution itself; let it work on new tensors "
@@ -175,23 +178,18 @@ class Field:
         self.fill(t, z)
         return slope
 
-    @contextlib.contextmanager
-    def _told_of_a_missing_batch(self) -> Iterator[None]:
-        """Errors of f on a z0 of one dimension say what that means: each of its numbers is a sample."""
-        try:
-            yield
-        except Exception as error:
-            if self.layout.tree is not None or self.layout.shapes[0]:
-                raise
-            said = (
-                f"z0 has one dimension, the batch's: it is {self.layout.batch} samples of one number each. If it is "
-                "one sample, pass z0[None]"
-            )
-            if type(error) is ValueError:
-                raise ValueError(f"{error}. But {said}, and args likewise") from error
-            if hasattr(error, "add_note"):  # of f's own, or of torch's
-                error.add_note(said)
-            raise
+    def _tell_of_a_missing_batch(self, error: Exception):
+        """Adds to an error of f on a z0 of one dimension what that means: each of its numbers is a sample."""
+        if self.layout.tree is not None or self.layout.shapes[0]:
+            return
+        said = (
+            f"z0 has one dimension, the batch's: it is {self.layout.batch} samples of one number each. If it is "
+            "one sample, pass z0[None]"
+        )
+        if type(error) is ValueError:
+            raise ValueError(f"{error}. But {said}, and args likewise") from error
+        if hasattr(error, "add_note"):  # of f's own, or of torch's
+            error.add_note(said)
 
     def fill(self, t: Tensor, z: Tensor):
         """Says where the samples stand that are evaluated only because f wants the whole batch."""
@@ -213,8 +211,9 @@ class Field:
         # The same kernels on the same shapes: what a sample gets is the same to the last digits, or it is mixed.
         if _differ(other[:-1], slope[:-1], 64 * torch.finfo(self.layout.dtype).eps):
             found = "f gives a sample another derivative when another sample changes"
-            with self._told_of_a_missing_batch():
-                raise ValueError(mixing_message(found, self._linearized))
+            error = ValueError(mixing_message(found, self._linearized))
+            self._tell_of_a_missing_batch(error)
+            raise error
         unchanged = transforms.physical(other[-1] == slope[-1])
         if not bool(unchanged.all()):  # an f that answers to nothing has not shown its independence
             _remember_independent(self.equation.f, self.joint)

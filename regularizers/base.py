@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuralde.solution import Solution
 
-from .recorded import AllFailed, Recorded, Skipped
+from .recorded import AllFailed, Recorded, Skipped, parts
 from .schedules import Schedule, constant
 
 
@@ -83,7 +83,8 @@ class Regularizer(nn.Module, abc.ABC):
             TypeError: none of these, or another library's solve where it takes more than one step of it. ValueError: no
                 layer in it holds a solution, or the list is empty.
         """
-        return self.weight * sum(self._mean(solution) for solution in solutions(source))
+        first, *others = map(self._mean, solutions(source))
+        return self.weight * sum(others, start=first)
 
     def prepare(self, model: nn.Module) -> Regularizer:
         """Lets the penalty act on the solves of a model's layers; only `Steer` does, the others look at solutions.
@@ -232,7 +233,10 @@ def _held(model: nn.Module) -> Iterator[Solution | Recorded | None]:
     # Layers are known by what they hold, so that those of every kind, and users' own, count. What torch.compile makes
     # of a layer holds what the layer does: the same one, which counts once.
     seen = set()
-    for module in model.modules():
+    for module in parts(model):
+        # First where most have none, which nn.Module takes its time to say.
+        if "solution" not in vars(module) and not hasattr(type(module), "solution"):
+            continue
         solution = getattr(module, "solution", model)
         if isinstance(solution, Solution | Recorded | None) and (solution is None or id(solution) not in seen):
             seen.add(id(solution))

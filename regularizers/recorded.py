@@ -99,6 +99,17 @@ def able(solver, figure: str | None) -> bool:
     return figure is None or (solver.reports_stiffness if figure == "stiffness" else solver.error_order is not None)
 
 
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """A Module and all those inside of it, as `Module.modules` has them, which takes several times as long."""
+    waiting, seen = [model], set()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(reversed(list(module._modules.values())))
+
+
 @dataclass(frozen=True)
 class Place:
     """A sampled point of a solve.
@@ -116,8 +127,9 @@ class Place:
 
 def sampled(drawn: random.Random, start: Tensor, end: Tensor) -> Tensor:
     """A time, uniformly drawn between these, before the end."""
-    t = torch.lerp(start, end, drawn.random())
-    return torch.where(t == end, torch.nextafter(end, start), t)
+    first, last = float(start.detach()), float(end.detach())  # once per solve, and sooner done than with tensors
+    t = start.new_tensor(first + drawn.random() * (last - first))
+    return torch.nextafter(end, start) if float(t) == last else t
 
 
 def within(t: Tensor, dt: Tensor, end: Tensor) -> Tensor:
@@ -172,12 +184,19 @@ class Recorded:
         # (A view would keep all outputs. A tensor, the common case, is spared the walk through a structure.)
         plain = isinstance(end, Tensor)
         self._end = end.detach().clone() if plain else pytree.tree_map(lambda x: x.detach().clone(), end)
-        like = end if plain else pytree.tree_leaves(end)[0]
-        self.zero = torch.zeros((), dtype=like.real.dtype, device=like.device)
+        self._like = self._end if plain else pytree.tree_leaves(self._end)[0]
         self._states = {}  # what a place's state is as a constant: some are made when they are asked for
-        self.converged = torch.ones(1, dtype=torch.bool, device=like.device)
-        self._kind = like.device.type
+        self._kind = self._like.device.type
         self._autocast = torch.get_autocast_dtype(self._kind) if torch.is_autocast_enabled(self._kind) else None
+
+    @property
+    def converged(self) -> Tensor:  # noqa: D102
+        return torch.ones(1, dtype=torch.bool, device=self._like.device)
+
+    @property
+    def zero(self) -> Tensor:
+        """What a penalty is where there is nothing to look at."""
+        return self._like.new_zeros((), dtype=self._like.real.dtype)
 
     @property
     def engine(self) -> str:
@@ -310,7 +329,7 @@ class Passing:
     def __init__(self, drawn: random.Random, direction: int, wanted: float | None):
         self._drawn, self._direction, self._wanted = drawn, direction, wanted
         self.around = self.uniform = self._last = None
-        self._count, self._length = 0, 0.0
+        self._count, self._length, self._beyond = 0, 0.0, False
 
     def add(self, t, z, dt):
         """Takes in a step.
@@ -318,16 +337,21 @@ class Passing:
         Args:
             t, dt: its start and (positive) size, a number each. z: the state at its start.
         """
-        t = t.detach() if isinstance(t, Tensor) else t
-        dt = dt.detach() if isinstance(dt, Tensor) else dt
+        if isinstance(t, Tensor) and t.requires_grad:
+            t = t.detach()
+        if isinstance(dt, Tensor) and dt.requires_grad:
+            dt = dt.detach()
         self._count += 1
         if self._drawn.random() * self._count < 1.0:
             self.uniform = t, z, dt
         if self._wanted is None:
             self._by_length()
             self._last = t, z, dt
-        elif self.around is None or self._direction * (self._wanted - float(t)) >= 0.0:
-            self.around = t, z, dt
+        elif not self._beyond:
+            if self.around is None or self._direction * (self._wanted - float(t)) >= 0.0:
+                self.around = t, z, dt
+            else:
+                self._beyond = True
 
     def _by_length(self, length: float | None = None):
         """Draws the last step, as likely as its part of the way is long."""

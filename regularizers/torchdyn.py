@@ -25,7 +25,7 @@ from neuralde.seen import looked_at
 from neuralde.solve import untraced
 from neuralde.solvers import Solver
 
-from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, sampled, shown, unwanted, within
+from .recorded import Passing, Place, Recorded, Skipped, able, draws, keep, parts, sampled, shown, unwanted, within
 from .rows import Rows
 
 # The same methods; torchdyn's dopri5 has torchdiffeq's error estimate.
@@ -130,7 +130,6 @@ class _Watched(_Call):
         """The call."""
         layer = self.layer
         layer.solution = None  # lets go of the last call's graph before this one's is built
-        like = pytree.tree_leaves(x)[0]
         t_span = self.times(t_span, args[0] if args else kwargs.get("save_at", ()))
         why = unwanted(layer)
         if why is not None:
@@ -139,7 +138,7 @@ class _Watched(_Call):
                 control = nde.StepControl(per_sample=False, factor_min=0.2, factor_max=10.0, beta1=beta1, beta2=0.0)
                 _Swapped(layer, self.name, {"control": control}).made(x, t_span, *args, **kwargs)
             result = self.original(x, t_span, *args, **kwargs)
-            layer.solution = keep(Skipped("torchdyn's NeuralODE", like, why))
+            layer.solution = keep(Skipped("torchdyn's NeuralODE", pytree.tree_leaves(x)[0], why))
             return result
         eye = _Eye(layer.solver, draws(layer, x))
         own = layer.__dict__.get("solver")
@@ -174,7 +173,8 @@ class _Eye:
 
     def __init__(self, solver, drawn: random.Random):
         self._solver, self._drawn = solver, drawn
-        vars(self).update((name, getattr(solver, name)) for name in _CONSTANTS if hasattr(solver, name))
+        own = vars(solver)
+        vars(self).update((name, own[name]) for name in _CONSTANTS if name in own)
         self.passing = self.at = self.end = self.f = self.args = self._attempt = None
         self._open = True
 
@@ -223,7 +223,7 @@ class _Solve:
         self.layer, self.solver, self.taped = layer, solver, taped
         self.f, self.args, self.passing, self.at, self.end = eye.f, eye.args, eye.passing, eye.at, eye.end
         self.direction = 1 if eye.f is layer.vf else -1
-        self.left = [(m, name, vars(m)[name]) for m in layer.vf.modules() for name in _LEFT if name in vars(m)]
+        self.left = [(m, name, vars(m)[name]) for m in parts(layer.vf) for name in _LEFT if name in vars(m)]
         self.rtol, self.atol = float(layer.rtol), float(layer.atol)
 
     def recorded(self, zs) -> Recorded:
@@ -242,7 +242,8 @@ class _Solve:
 
     def _place(self, t: Tensor, dt: Tensor, state) -> Place:
         t, dt = t.detach().reshape(()), dt.detach().reshape(())
-        return Place(self.direction * t, self.direction * within(t, dt, self.end), state)
+        dt = within(t, dt, self.end)
+        return Place(t, dt, state) if self.direction > 0 else Place(-t, -dt, state)
 
     def _shown(self, x, through: bool):
         source = f"torchdyn's NeuralODE with sensitivity={self.layer.sensitivity!r}"
