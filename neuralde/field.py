@@ -65,6 +65,9 @@ class Field:
         """
         if not self.equation.takes_time:
             return (None,) * (1 if c is None else c.shape[0])
+        if c is None:
+            t = t.view(self._time_shape)
+            return (t if t.dtype == self._time_dtype else t.to(self._time_dtype),)
         return self.shaped(instants(t, c, dt))
 
     def shaped(self, stack: Tensor) -> Sequence[Tensor]:

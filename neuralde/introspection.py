@@ -140,7 +140,7 @@ def probe(
     )
     flat = layout.pack_start(z)
     slope = problem.field.first(t, flat, t + 1.0)
-    return _look(problem, t, flat, slope, dt)
+    return _for_all(_look(problem, t, flat, slope, dt), layout.batch)
 
 
 def probe_step(
@@ -152,16 +152,18 @@ def probe_step(
         f, z, solver, rtol, atol: of `probe`.
         t, dt: tensors with one number.
         figure: "error", "raw_error" or "stiffness": take that one alone, and leave the others None.
+
+    Returns:
+        A `Probe` whose t, dt and figures are [1].
     """
     layout = Layout.of(z)
     t, dt = (x.detach().to(layout.time_dtype).reshape(1) for x in (t, dt))
-    end = t + dt
     field = Field(ODE(f), layout, None, True, solver.linearizes)
     problem = Problem(
         field=field,
         solver=solver,
         control=_control.get("joint"),
-        times=torch.stack([t, end]),
+        times=t[None],
         norm=_control.Norm(rtol, atol, True),
         dt0=None,
         max_steps=1,
@@ -169,7 +171,7 @@ def probe_step(
     )
     flat = layout.pack(z).to(layout.work_dtype)
     memory = solver.memory_of_one(flat, transforms.recording())
-    return _look(problem, t, flat, field.first(t, flat, end), dt, figure, memory)
+    return _look(problem, t, flat, field.first(t, flat, t + dt), dt, figure, memory)
 
 
 def _noise_span(dt: Tensor | None, span: Tensor | None) -> Tensor:
@@ -280,7 +282,7 @@ def probe_last(solution: Solution) -> Probe:
     slope = at.f(at.z).to(at.z.dtype)
     part = Anchored(part, slope)
     moved = dataclasses.replace(problem, field=part, solver=method, norm=problem.norm.on(at.rows))
-    found = _look(moved, t, at.z, slope.detach(), torch.where(dt == 0, 1e-6, dt))
+    found = _for_all(_look(moved, t, at.z, slope.detach(), torch.where(dt == 0, 1e-6, dt)), len(at.z))
     if at.rows is None:
         return found
     values = {name: x for name, x in vars(found).items() if name not in ("solver", "z")}
@@ -321,7 +323,7 @@ def _look_at(problem: Problem, z: Tensor, t: Tensor, which: Tensor) -> Probe:
     slope = f(f.times(t)[0], z)
     if rows is None and problem.solver.linearizes:
         problem = dataclasses.replace(problem, field=f.linearized(t, z, slope))
-    found = _look(problem, t, z, slope, None)
+    found = _for_all(_look(problem, t, z, slope, None), len(z))
     if rows is None:
         return found
 
@@ -343,14 +345,14 @@ def _look(
 ) -> Probe:
     """The step from (t, z), where f is slope; with one figure alone, or all of them.
 
-    All [samples] or [1] under joint control.
+    All [groups], those of the probe too.
 
     Args:
         problem, t, z, slope, dt: of the step.
         figure: of `probe_step`.
         memory: of the solver, for this step; None, and it is made.
     """
-    p, solver, batch = problem, problem.solver, len(z)
+    p, solver = problem, problem.solver
     with full_precision(z.device):
         if dt is None:
             with torch.no_grad():
@@ -365,13 +367,19 @@ def _look(
         step = solver.attempt(f, t, dt, z, slope, memory, lens)
         error = raw = stiffness = None
         if step.error is not None and figure in (None, "error"):
-            error = p.ratio(step.error, z, step.z).expand(batch)
+            error = p.ratio(step.error, z, step.z)
         if step.error is not None and figure in (None, "raw_error"):
-            raw = _control.rms(step.error, p.joint).expand(batch)
+            raw = _control.rms(step.error, p.joint)
         if figure in (None, "stiffness"):
             stiffness = p.stiffness(step, dt)
-            stiffness = None if stiffness is None else stiffness.expand(batch)
-    return Probe(t.expand(batch), dt.expand(batch), p.field.layout.unpack(step.z), error, raw, stiffness, solver)
+    return Probe(t, dt, p.field.layout.unpack(step.z), error, raw, stiffness, solver)
+
+
+def _for_all(probe: Probe, batch: int) -> Probe:
+    """A probe whose figures are [groups], with [batch] each."""
+    names = ("t", "dt", "error", "raw_error", "stiffness")
+    figures = {name: getattr(probe, name) for name in names}
+    return dataclasses.replace(probe, **{name: x if x is None else x.expand(batch) for name, x in figures.items()})
 
 
 def raw_error(problem: Problem, step: Step, z: Tensor, t: Tensor, dt: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Seeds:
         Args:
             f, start: its function and its start. fresh: fresh() is a new one.
         """
-        if not hooked():
+        if not hooked():  # nothing will be made once more
             return fresh()
         key = _key(f, start)
         with self._lock:

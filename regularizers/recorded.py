@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from neuralde.errors import NonFiniteState
 from neuralde.introspection import Probe
 
-from .recomputed import Last, Seeds, again
+from .recomputed import Last, Seeds, again, hooked
 from .rows import Rows
 
 # The recordings that are open, outermost first: (the list that fills, where its times come from, `again` as it began).
@@ -58,7 +58,10 @@ def keep(solution: Recorded) -> Recorded:
 
 
 class _Stream(threading.local):
-    generator: torch.Generator | None = None
+    """A thread's own random numbers, and the seed of torch's that they began with."""
+
+    began: int | None = None
+    numbers: random.Random
 
 
 _STREAM = _Stream()
@@ -73,16 +76,23 @@ def draws(f, start) -> random.Random:
     Args:
         f, start: its function and its start, by which a checkpoint's recomputation draws the same.
     """
-    return random.Random(_SEEDS.of(f, start, _seed))
+    given = next((one for _, one, _ in reversed(_OPEN.get()) if one is not None), None)
+    if given is None and not hooked():
+        return _stream()
+
+    def seed() -> int:
+        if given is None:
+            return _stream().getrandbits(62)
+        return int(torch.randint(2**62, (), generator=given, device=given.device))
+
+    return random.Random(_SEEDS.of(f, start, seed))
 
 
-def _seed() -> int:
-    generator = next((given for _, given, _ in reversed(_OPEN.get()) if given is not None), None)
-    if generator is None:
-        if _STREAM.generator is None or _STREAM.generator.initial_seed() != torch.initial_seed():
-            _STREAM.generator = torch.Generator().manual_seed(torch.initial_seed())
-        generator = _STREAM.generator
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+def _stream() -> random.Random:
+    if _STREAM.began != torch.initial_seed():
+        _STREAM.began = torch.initial_seed()
+        _STREAM.numbers = random.Random(_STREAM.began)
+    return _STREAM.numbers
 
 
 def unwanted(f) -> str | None:
@@ -154,7 +164,9 @@ def shown(z, through: bool, taped: bool, source: str, others: str):
         raise ValueError(
             f"through_state=True can't be had of {source}: its states are not on the tape; those of {others} are"
         )
-    return z if through else pytree.tree_map(torch.detach, z)
+    if through:
+        return z
+    return z.detach() if isinstance(z, Tensor) else pytree.tree_map(torch.detach, z)
 
 
 class AllFailed(NonFiniteState):

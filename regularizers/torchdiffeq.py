@@ -13,7 +13,6 @@ torchdiffeq's callbacks, and the one around that time is made once more, without
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from functools import partial
@@ -271,9 +270,7 @@ class _Solve:
         if place.dt is not None and self._plain(z, solver):
             field = rows.still(lambda t, y: self.func(t, y).to(y.dtype))
             found = introspection.probe_step(field, place.t, z, place.dt, solver, **self.tolerances, figure=figure)
-            found = rows.averaged(found)
-            figures = {name: getattr(found, name) for name in ("error", "raw_error", "stiffness")}
-            return dataclasses.replace(found, **{name: x if x is None else x[:1] for name, x in figures.items()})
+            return rows.averaged(found)
         how = {"method": self.method, "options": self.options, **self.tolerances}
         ends = {"dt": place.dt, "t1": None if place.dt is not None else self.t.detach()[-1]}
         found = interop.probe(rows.still(self.func), place.t, z, solver=solver, **how, **ends)

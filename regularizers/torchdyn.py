@@ -191,8 +191,7 @@ class _Eye:
         """The solver's, which every solve begins with."""
         x, t_span = self._solver.sync_device_dtype(x, t_span)
         if self._open and self.passing is None:
-            start, self.end = t_span[0].detach(), t_span[-1].detach().clone()  # not a view: t_span is the caller's
-            self.at = sampled(self._drawn, start, self.end)
+            self.at, self.end = sampled(self._drawn, t_span[0], t_span[-1]), float(t_span[-1].detach())
             self.passing = Passing(self._drawn, 1, float(self.at))
         return x, t_span
 
