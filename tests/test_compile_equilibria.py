@@ -102,7 +102,7 @@ def test_a_compiled_equilibrium_is_the_same(silent, solver, control, batches):
 @pytest.mark.slow
 def test_loops_that_may_overwrite_nothing_do_the_same(silent, monkeypatch):
     """Those of torch's older versions: what an iteration remembers goes through them."""
-    monkeypatch.setattr("neuralde.compiled.programs._may_overwrite", lambda: False)
+    monkeypatch.setattr("neuralde.compiled.programs.may_overwrite", lambda: False)
     compiled, eager = layers("anderson", "per_sample")
     x = inputs()
     found = [layer(x) for layer in (compiled, eager)]

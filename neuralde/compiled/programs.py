@@ -88,7 +88,8 @@ def overwriting_loop(more: Callable, step: Callable, carried: tuple, buffers):
     return found[:count]
 
 
-def _may_overwrite() -> bool:
+@functools.cache
+def may_overwrite() -> bool:
     """Whether a `while_loop` may change other tensors than those that it carries: torch's older ones may not."""
     from torch._higher_order_ops.while_loop import while_loop_op
 
@@ -113,7 +114,7 @@ def program(function: Callable, hoisted: bool = False) -> Callable:
     @functools.cache
     def made():
         global _overwrites
-        _overwrites = _may_overwrite()
+        _overwrites = may_overwrite()
 
         def program(*arguments):
             return function(*arguments)

@@ -16,12 +16,15 @@ from ..trajectory import Counts, Trajectory
 
 
 class Log(NamedTuple):
-    """What a program writes down of its attempts: [attempts, ...].
+    """What a program writes down of its attempts, but for those that the whole batch makes and that are rejected.
+
+    [rows, ...]; what follows the rows that were filled may be anything.
 
     Attributes:
         s, h, end: where they started, their size, where they ended, [groups]; times run forward.
         ok: which were accepted, [groups]. figures: of `control.Judge`, [1 to 3, groups]; 0 where nothing is reported.
         z: where they started, [batch, features].
+        driving: what drove them beside the vector field; None where nothing does.
         stages: a closed step's snapshot, [rows, batch, features]; None where they are not wanted.
     """
 
@@ -31,11 +34,8 @@ class Log(NamedTuple):
     ok: Tensor
     figures: Tensor
     z: Tensor
-    stages: Tensor | None = None
-
-    def given(self) -> list[Tensor]:
-        """The tensors that are there."""
-        return [x for x in self if x is not None]
+    driving: Tensor | None
+    stages: Tensor | None
 
 
 class Stand(NamedTuple):
@@ -56,7 +56,7 @@ class Ran(Trajectory):
     """A trajectory that a program found: a success, put together from its logs.
 
     Attributes:
-        logs: pairs (attempts made, `Log`). extra: evaluations of f beside those of the attempts.
+        logs: pairs (rows filled, `Log`). extra: evaluations of f beside those of the attempts.
     """
 
     def __init__(self, problem: Problem, z0: Tensor, stand: Stand, logs: list[tuple[int, Log]], extra: int):
@@ -72,24 +72,21 @@ class Ran(Trajectory):
     def records(self) -> list[Record]:  # noqa: D102
         direction, joint, solver = self.problem.span.sign(), self.problem.joint, self.problem.solver
         silent, found = solver.error_order is None and not solver.reports_stiffness, []
-        for made, log in self.logs:
-            everyone = log.ok[:made].all(dim=1).tolist()
-            t, dt, end = (x[:made] * direction for x in (log.s, log.h, log.end))
+        for filled, log in self.logs:
+            everyone = log.ok[:filled].all(dim=1).tolist()
+            t, dt, end = (x[:filled] * direction for x in (log.s, log.h, log.end))
             ends = end[:, 0].tolist() if joint else end
-            for j in range(made):
-                if everyone[j] or not joint:
-                    accepted = None if everyone[j] else log.ok[j]
-                    figures, stages = None if silent else log.figures[j], None if log.stages is None else log.stages[j]
-                    place = t[j], dt[j], ends[j]
-                    found.append(Record(0, None, accepted, *place, log.z[j], None, figures, snapshot=stages))
+            for j in range(filled):
+                accepted = None if everyone[j] else log.ok[j]
+                figures, stages = None if silent else log.figures[j], None if log.stages is None else log.stages[j]
+                found.append(Record(0, None, accepted, t[j], dt[j], ends[j], log.z[j], None, figures, snapshot=stages))
         return found
 
     @functools.cached_property
     def used(self) -> list[int]:
-        """Where in the logs the attempts are that have a record."""
+        """Which rows of all logs are filled."""
         long = len(self.logs[0][1].s)
-        rows = [(i * long + j, log.ok[j]) for i, (made, log) in enumerate(self.logs) for j in range(made)]
-        return [i for i, ok in rows if not self.problem.joint or bool(ok)]
+        return [i * long + j for i, (filled, _) in enumerate(self.logs) for j in range(filled)]
 
     @functools.cached_property
     def interior(self) -> Tensor | None:  # noqa: D102
@@ -160,7 +157,7 @@ class Ran(Trajectory):
     @functools.cached_property
     def _taken(self) -> Tensor:
         # Rejected attempts, and rows that no attempt has filled, may hold anything.
-        return torch.cat([(torch.arange(len(log.ok)) < made)[:, None] & log.ok for made, log in self.logs])
+        return torch.cat([(torch.arange(len(log.ok)) < filled)[:, None] & log.ok for filled, log in self.logs])
 
     def _of_steps(self, values: Tensor) -> Tensor:
         return self.grid.gather([values[i] for i in self.used], self.problem.start)

@@ -121,15 +121,25 @@ class SDEEngine(SteppingEngine):
     def _stuck(self, ok: Tensor, h: Tensor, given: Sequence[Tensor]) -> Tensor:
         return ok.logical_not() & (h <= given[3][0])
 
-    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Known:
+    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Tensor:
+        """W and H of the step, or those of its halves."""
         middle = [t + 0.5 * (t_end - t)] if isinstance(self._solver, StepDoubling) else []
-        return Known(Bridge(*given[:3], self._levels).between(torch.stack([t, *middle, t_end])))
+        noise = Bridge(*given[:3], self._levels).between(torch.stack([t, *middle, t_end]))
+        return torch.stack([x for one in noise for x in one])
+
+    def _undriven(self, rows: int, given: Sequence[Tensor]) -> Tensor:
+        pieces = 2 if isinstance(self._solver, StepDoubling) else 1
+        return given[1].new_empty(rows, 2 * pieces, *given[0].shape)
+
+    def _numbers(self, given: Sequence[Tensor]) -> int:
+        return self._undriven(1, given).numel()
 
     def _attempt(
-        self, vector_field: Drift, driving: Known, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
+        self, vector_field: Drift, driving: Tensor, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
         lens: bool = True, close: bool = False,
     ) -> Step:  # fmt: skip
-        driven = Driven(vector_field, self._field.diagonal, driving, t, t + dt)
+        noise = [Noise(*pair) for pair in driving.unflatten(0, (-1, 2))]
+        driven = Driven(vector_field, self._field.diagonal, Known(noise), t, t + dt)
         return self._solver.attempt(driven, t, dt, z, slope, None, lens=lens, close=close)
 
 

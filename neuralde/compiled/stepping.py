@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +25,13 @@ from ..discover import LEAST, resolution
 from ..problem import Problem
 from ..solvers import Solver, Step
 from .engine import Engine, VectorField
-from .programs import Lent, Unsupported, constant, first_line, leaves_of, lend, program, while_loop
+from .programs import Lent, Unsupported, constant, first_line, leaves_of, lend, may_overwrite, overwriting_loop, program
 from .records import Log, Ran, Stand
 
 _M = algebra.TENSORS
-_LOG, _LONGEST = 1 << 19, 64  # bytes of states in a log, which is copied at every attempt; attempts in it
+_LONGEST = 64  # attempts in a log
+# Bytes of a log: where the loop may write to it, and where it copies it at every attempt.
+_WRITTEN, _COPIED = 1 << 27, 1 << 19
 
 
 def closes(problem: Problem) -> bool:
@@ -103,12 +104,20 @@ class SteppingEngine(Engine):
         """Traced: which attempts of size h, accepted where ok, could not have been smaller, [groups]."""
         return torch.zeros_like(ok)
 
-    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Any:
-        """Traced: what drives a step from t to t_end, [groups] each, beside the vector field."""
+    def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Tensor | None:
+        """Traced: what drives a step from t to t_end, [groups] each, beside the vector field: [numbers, batch, ...]."""
         return None
 
+    def _undriven(self, rows: int, given: Sequence[Tensor]) -> Tensor | None:
+        """Traced: room for so many of `_driving`."""
+        return None
+
+    def _numbers(self, given: Sequence[Tensor]) -> int:
+        """How many numbers `_driving` has."""
+        return 0
+
     def _attempt(
-        self, vector_field: VectorField, driving: Any, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
+        self, vector_field: VectorField, driving: Tensor | None, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
         lens: bool = True, close: bool = False,
     ) -> Step:  # fmt: skip
         """Traced: see `Solver.attempt`; driving: of `_driving`."""
@@ -125,36 +134,38 @@ class SteppingEngine(Engine):
             if field.random:
                 raise Unsupported("f draws random numbers")
             self._checked = True
-        leaves, tolerances = leaves_of(field.args), self._tolerances(problem, z0)
-        most = max(2, min(_LONGEST, _LOG // ((1 + self._stages) * z0.numel() * z0.element_size())))
-        limit, given = constant("limit", min(most, budget)), self._given(problem)
+        leaves, tolerances, given = leaves_of(field.args), self._tolerances(problem, z0), self._given(problem)
+        row = ((1 + self._stages) * z0.numel() + self._numbers(given)) * z0.element_size()
+        most = max(2, min(_LONGEST, (_WRITTEN if may_overwrite() else _COPIED) // row))
+        limit = constant("limit", min(most, budget))
         h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
         f, room = field.equation.f, problem.start.new_empty(most, len(problem.start))
-        said, *found = self._begin(f, leaves, given, z0, problem.start, problem.end, tolerances, h, limit, room)
-        logs = []
+        said, stand, log = self._begin(f, leaves, given, z0, problem.start, problem.end, tolerances, h, limit, room)
+        logs, attempts = [], 0
         while True:
-            stand, log = Stand(*found[:9]), Log(*found[9:])
-            made, live, failed = said.tolist()
-            logs.append((made, log))
-            budget -= made
+            made, filled, live, failed = said.tolist()
+            logs.append((filled, Log(*log)))
+            attempts, budget = attempts + made, budget - made
             if failed or (live and not budget):
                 return None
             if not live:
                 break
             limit = constant("limit", min(most, budget))
-            said, *found = self._continue(f, leaves, given, problem.start, problem.end, tolerances, limit, room, *stand)
+            said, stand, log = self._continue(
+                f, leaves, given, problem.start, problem.end, tolerances, limit, room, *stand
+            )
         extra = self._extra(problem)
-        field.calls += sum(made for made, _ in logs) * self._solver.calls_per_step + extra
-        return Ran(problem, z0, stand, logs, extra)
+        field.calls += attempts * self._solver.calls_per_step + extra
+        return Ran(problem, z0, Stand(*stand), logs, extra)
 
-    def _empty(self, room: Tensor, z: Tensor) -> Log:
+    def _empty(self, room: Tensor, z: Tensor, given: Sequence[Tensor]) -> Log:
         """Traced: a log without attempts. room: as long as it is to be, [attempts, groups]."""
         (most, groups), solver = room.shape, self._solver
         figures = max(1, (solver.error_order is not None) + 2 * solver.reports_stiffness)
         s, h, end = (room.new_empty(most, groups) for _ in range(3))
         ok, figures = room.new_empty(most, groups, dtype=torch.bool), room.new_empty(most, figures, groups)
         stages = z.new_empty(most, self._stages, *z.shape) if self._closed else None
-        return Log(s, h, end, ok, figures, z.new_empty(most, *z.shape), stages)
+        return Log(s, h, end, ok, figures, z.new_empty(most, *z.shape), self._undriven(most, given), stages)
 
     def _beginning(self, f, leaves, given, z0, t, t1, tolerances, h, limit, room):
         """Traced: the slope at the start, the first step size, and the first attempts."""
@@ -172,8 +183,8 @@ class SteppingEngine(Engine):
         """Traced: attempts until all samples are at their ends, or as many as the log holds.
 
         Returns:
-            How many attempts were made, whether a sample is not at its end, and whether one failed; the `Stand`; the
-            `Log`.
+            How many attempts were made and rows of the log filled, whether a sample is not at its end, and whether one
+            failed; the `Stand`; the `Log`.
         """
         vector_field, norm = self._of(f, leaves), Norm(*tolerances, self._joint)
         solver, control = self._solver, self._control
@@ -181,11 +192,11 @@ class SteppingEngine(Engine):
         direction = _direction(t, t1)
         s0, s1 = t * direction, t1 * direction
 
-        def more(made, *carried):
-            return (made < limit) & Stand(*carried[:9]).live.any()
+        def more(made, row, *carried):
+            return (made < limit) & Stand(*carried).live.any()
 
-        def attempt(made, *carried):
-            at, log = Stand(*carried[:9]), Log(*carried[9:])
+        def attempt(log, made, row, *carried):
+            at = Stand(*carried)
             h, end, last = self._next(at, s0, s1, given)
             t, slope = at.s * direction, at.slope if self._sloped else None
             driving = self._driving(given, t, end * direction)
@@ -219,15 +230,18 @@ class SteppingEngine(Engine):
                 accepted=at.accepted + ok,
                 rejected=at.rejected + (at.live & ~ok),
             )
-            row = made.reshape(1)
-            now = Log(at.s, h, end, ok, figures, at.z, solver.snapshot(step.stages) if self._closed else None)
-            logged = zip(log.given(), now.given(), strict=True)
-            return made + 1, *stand, *(x.index_copy(0, row, new[None]) for x, new in logged)
+            stages = solver.snapshot(step.stages) if self._closed else None
+            now = Log(at.s, h, end, ok, figures, at.z, driving, stages)
+            for x, new in zip(log, filter(_there, now), strict=True):
+                x.index_copy_(0, row, new[None])
+            # What the whole batch rejects is written over: the backward pass has no use for it.
+            return made + 1, row + (ok if self._joint else 1), *stand
 
-        log = self._empty(room, stand[2]).given()
-        made, *found = while_loop(more, attempt, (torch.zeros((), dtype=torch.int64), *stand, *log))
-        live, failed = found[5].any(), found[6].any()
-        return torch.stack([made, live.to(made.dtype), failed.to(made.dtype)]), *found
+        log, none = self._empty(room, stand[2], given), torch.zeros((), dtype=torch.int64)
+        carried = none, torch.zeros(1, dtype=torch.int64), *stand
+        made, filled, *stand = overwriting_loop(more, attempt, carried, list(filter(_there, log)))
+        live, failed = (Stand(*stand)[i].any().to(made.dtype) for i in (5, 6))
+        return torch.stack([made, filled.squeeze(0), live, failed]), tuple(stand), tuple(log)
 
     def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
         """Traced: what a `Judge` says of a step from z, [1 to 3, groups]."""
@@ -281,38 +295,42 @@ class SteppingEngine(Engine):
         costate = torch.zeros_like(ran.final) if final is None else final
         sums, off = [torch.zeros_like(x) for x in uses.tensors], costate.new_zeros(())
         leaves, tolerances = leaves_of(problem.field.args), self._tolerances(problem, costate)
-        given = self._given(problem)
         leaves, own = [x.detach() for x in leaves], [x.detach() for x in uses.tensors]
         end = len(ran.logs) * len(ran.logs[0][1].s)
-        for made, log in reversed(ran.logs):
+        for filled, log in reversed(ran.logs):
             end -= len(log.s)
+            if not filled:
+                continue
             here = slice(end, end + len(log.s))
             weights, marked = (None if x is None else x[here] for x in (figures, marks))
-            checked = constant("checked", made - 1 if log is ran.logs[-1][1] else -1)  # which attempt ends the solve
-            made = constant("made", made)
-            costate, off, *sums = self._back[kind](
-                uses.holder, leaves, given, own, problem.start, problem.end, tolerances, made, costate, off,
-                ran.final, checked, weights, marked, log.s, log.h, log.end, log.ok, log.z, *sums,
+            checked = constant("checked", filled - 1 if log is ran.logs[-1][1] else -1)  # which row ends the solve
+            costate, off = self._back[kind](
+                uses.holder, leaves, own, problem.start, problem.end, tolerances, constant("filled", filled), costate,
+                off, ran.final, checked, weights, marked, log.s, log.h, log.ok, log.z, log.driving, *sums,
             )  # fmt: skip
         return [costate, *sums], off
 
     def _backwards(
-        self, names, wanted, lens, rows, holder, leaves, given, own, t, t1, tolerances, made, costate, off,
-        final, checked, weights, marks, s_log, h_log, end_log, ok_log, z_log, *sums,
+        self, names, wanted, lens, rows, holder, leaves, own, t, t1, tolerances, filled, costate,
+        off, final, checked, weights, marks, s_log, h_log, ok_log, z_log, driving_log, *sums,
     ):  # fmt: skip
-        """Traced: the logged attempts from the last to the first. rows: how many of a snapshot have a gradient."""
+        """Traced: the logged attempts from the last to the first; adds to sums what the tensors get.
+
+        Args:
+            rows: how many of a snapshot have a gradient.
+        """
         norm, direction = Norm(*tolerances, self._joint), _direction(t, t1)
 
         def more(j, *carried):
             return j >= 0
 
-        def step_back(j, costate, off, *sums):
+        def step_back(sums, j, costate, off):
             row = j.reshape(1)
-            s, h, end, ok, z = (x.index_select(0, row)[0] for x in (s_log, h_log, end_log, ok_log, z_log))
+            s, h, ok, z = (x.index_select(0, row)[0] for x in (s_log, h_log, ok_log, z_log))
             # Who was rejected makes a step of size zero, which is finite.
-            t, dt, column = s * direction, torch.where(ok, h, 0.0) * direction, ok[:, None]
-            # (Outside of what is differentiated, in which there may be no loop.)
-            driving = self._driving(given, t, torch.where(ok, end, s) * direction)
+            t, dt, column, driving = s * direction, torch.where(ok, h, 0.0) * direction, ok[:, None], None
+            if driving_log is not None:
+                driving = torch.where(column, driving_log.index_select(0, row)[0], 0.0)
 
             def step(z, *own):
                 lent, args = own[: len(names)], list(leaves)
@@ -338,11 +356,16 @@ class SteppingEngine(Engine):
             back, *parts = pullback(tuple(cotangents))
             now = torch.where(column & (j == checked), end - final, 0.0).abs().amax()
             off = torch.maximum(off, now)
-            sums = [(x + y).contiguous() for x, y in zip(sums, parts, strict=True)]
-            return j - 1, torch.where(column, back, costate), off.clone(), *sums
+            for x, y in zip(sums, parts, strict=True):
+                x.add_(y)
+            return j - 1, torch.where(column, back, costate), off.clone()
 
-        _, *found = while_loop(more, step_back, (made - 1, costate.clone(), off.clone(), *(x.clone() for x in sums)))
+        _, *found = overwriting_loop(more, step_back, (filled - 1, costate.clone(), off.clone()), sums)
         return found
+
+
+def _there(x: Tensor | None) -> bool:
+    return x is not None
 
 
 def _direction(t: Tensor, t1: Tensor) -> Tensor:
