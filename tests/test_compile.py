@@ -129,7 +129,8 @@ def test_every_method_and_control(silent, solver, control):
 
 
 @COMPILER
-@pytest.mark.parametrize("control", ["per_sample", pytest.param("joint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("control", CONTROLS)
 def test_output_times(silent, control):
     """Their values, their gradients, and those of their times; also against the direction of time."""
     for t in (BETWEEN, -BETWEEN):
@@ -145,25 +146,36 @@ def test_output_times(silent, control):
 SCRIPT = """
 import sys, torch, neuralde as nde
 from torch._dynamo.utils import counters
-factor, z0 = float(sys.argv[1]), torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+kind, factor = sys.argv[1], float(sys.argv[2])
+z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
 def f(t, z):
     return torch.tanh(factor * z)
-mine, theirs = (nde.solve(nde.ODE(f), z0, (0.0, 1.0), compile=x).final for x in (True, False))
-print(float((mine - theirs).abs().max()) < 1e-12, counters["inductor"]["fxgraph_cache_hit"])
+def g(z):
+    return torch.tanh(factor * z + 0.3)
+def solved(compile):
+    if kind == "ode":
+        return nde.solve(nde.ODE(f), z0, (0.0, 1.0), compile=compile)
+    if kind == "sde":
+        equation = nde.SDE(f, lambda t, z: 0.1 * torch.ones_like(z))
+        return nde.solve(equation, z0, (0.0, 1.0), solver="sosri2", seed=1, compile=compile)
+    return nde.solve(nde.SteadyState(g), z0, solver=kind, compile=compile)
+mine, theirs = (solved(x).final for x in (True, False))
+print(float((mine - theirs).abs().max()) < 1e-10, counters["inductor"]["fxgraph_cache_hit"] > 0)
 """
 
 
 @COMPILER
 @pytest.mark.slow
-def test_programs_are_kept_between_processes(tmp_path):
+@pytest.mark.parametrize("kind", ["ode", "sde", "bs3", "anderson"])
+def test_programs_are_kept_between_processes(tmp_path, kind):
     """The second process finds what the first one made; one with another constant in f does not take it for its own."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     said = []
     for factor in ("0.5", "0.5", "0.7"):
-        command = [sys.executable, "-W", "error::UserWarning:neuralde", "-c", SCRIPT, factor]
+        command = [sys.executable, "-W", "error::UserWarning:neuralde", "-c", SCRIPT, kind, factor]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         said.append(run.stdout.split())
-    assert said == [["True", "0"], ["True", "1"], ["True", "0"]]
+    assert said == [["True", "False"], ["True", "True"], ["True", "False"]]
 
 
 @COMPILER

@@ -134,7 +134,10 @@ def test_compile_reaches_the_layer():
 @pytest.mark.parametrize(
     ("cause", "how"),
     [
-        ("only iterations are compiled", {"solver": "tsit5"}),
+        ("solver 'rodas5p' is no explicit Runge-Kutta method", {"solver": "rodas5p"}),
+        ("solver 'euler' is no explicit Runge-Kutta method", {"solver": "euler", "dt0": 0.5}),
+        ("it has a horizon", {"solver": "tsit5", "t": 500.0, "f": lambda z: 0.4 * z.cos()}),
+        ("it has dt_min", {"solver": "tsit5", "dt_min": 1e-9}),
         ("more than once per step", {"solver": "newton"}),
         ("more than once per step", {"solver": nde.solvers.Broyden(line_search=True)}),
         ("it has a horizon", {"solver": "anderson", "t": 500.0}),

@@ -29,7 +29,7 @@ from ..trajectory import Counts, Trajectory
 from .base import Adjoint, Outcome, plain
 
 if TYPE_CHECKING:
-    from ..compiled import EquilibriumEngine
+    from ..compiled import SteadyEngine
 
 
 class AtRest(Adjoint):
@@ -75,7 +75,7 @@ class AtRest(Adjoint):
         return without_gradient(figure(), [outcome.final], message)
 
     @abc.abstractmethod
-    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: EquilibriumEngine | None):
+    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: SteadyEngine | None):
         """Gives `outcome.final` its gradient.
 
         Args:
@@ -144,7 +144,7 @@ def at_rest(problem: Problem, trajectory: Trajectory, rows: Tensor | None, z: Te
 class _Linear(AtRest):
     """Those that hand a vector λ to one evaluation of f at the steady state: a gradient of λᵀ f."""
 
-    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: EquilibriumEngine | None):
+    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: SteadyEngine | None):
         """See `AtRest.attach`."""
         final = outcome.final
         f, z = at_rest(problem, outcome.trajectory, rows)
@@ -174,7 +174,7 @@ class Tape:
     Attributes:
         rows: the samples, None for all. eps: the precision that f computes in.
         joint: whether the samples have one linear system together: under joint control f may mix them.
-        costate: solves for the costate by a compiled program, or None: see `EquilibriumEngine.costate`.
+        costate: solves for the costate by a compiled program, or None: see `SteadyEngine.costate`.
         found: of the last backward pass, or None.
     """
 
@@ -424,7 +424,7 @@ class Phantom(AtRest):
     def __init__(self, steps: int = 5, damping: float = 0.5):
         self.steps, self.damping = count("steps", steps), fraction("damping", damping)
 
-    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: EquilibriumEngine | None):
+    def attach(self, problem: Problem, outcome: Outcome, rows: Tensor | None, engine: SteadyEngine | None):
         """See `AtRest.attach`."""
         final = outcome.final
         f, start = at_rest(problem, outcome.trajectory, rows)

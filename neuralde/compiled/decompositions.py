@@ -15,12 +15,22 @@ from torch import Tensor
 THIN, LONG = 4, 128  # up to THIN columns (or rows, or terms) a product is written as sums, of up to LONG terms
 
 
+class _Table(dict):
+    """Known by its name to Inductor's cache on disk, which can't make a key of what is in it.
+
+    The key has the graph as well, in which the decompositions have been made.
+    """
+
+    def __reduce__(self):
+        return table, ()
+
+
 @functools.cache
 def table() -> dict:
     """Inductor's own decompositions, and these."""
     from torch._inductor.decomposition import select_decomp_table
 
-    found, aten = dict(select_decomp_table()), torch.ops.aten
+    found, aten = _Table(select_decomp_table()), torch.ops.aten
     found[aten.mm.default] = functools.partial(_mm, found.get(aten.mm.default))
     found[aten.addmm.default] = functools.partial(_addmm, found.get(aten.addmm.default))
     return found

@@ -27,48 +27,13 @@ from .programs import Unsupported, first_line, leaves_of, overwriting_loop, prog
 _LONGEST = 32  # steps in a stretch
 
 
-class EquilibriumEngine(Engine):
-    """The programs of a solve for a steady state by an iteration."""
+class SteadyEngine(Engine):
+    """What the engines of solves for steady states have in common: the linear systems of their backward pass."""
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         super().__init__(problem, tree)
         self._is_map = problem.field.given is not problem.field.equation.f
-        self._forward = program(functools.partial(self._solving, _iterated(problem)), hoisted=True)
         self._backward: dict[Iterate, Callable] = {}
-
-    @staticmethod
-    def refusals(problem: Problem) -> list[tuple[bool, str]]:
-        """See `Engine.refusals`."""
-        solver = problem.solver
-        known = isinstance(solver, Iteration)
-        return [
-            (not known, f"solver {solver.name!r} follows an ODE to its steady state, and only iterations are compiled"),
-            (known and solver.calls_per_step != 1, f"solver {solver!r} evaluates f more than once per step"),
-            (not _iterate.applies(problem), "it has a horizon"),
-        ]
-
-    @staticmethod
-    def kinds(problem: Problem) -> tuple:
-        """See `Engine.kinds`."""
-        return (problem.solver, problem.rest.termination)
-
-    @torch.no_grad()
-    def _discover(self, problem: Problem, z0: Tensor) -> Iterated:
-        field = problem.field
-        slope = field.first(problem.first_instant, z0, problem.elsewhere)
-        if field.random:
-            raise Unsupported("f draws random numbers")
-        return _iterate.iterate(problem, z0, slope, _Steps(problem, self._forward, (*_given(field), problem.start)))
-
-    def _solving(self, iterate: Iterate, given, *rest):
-        """Traced: steps of a solve."""
-        f, leaves, start = given
-        image = self._image(f, leaves)
-
-        def excess(j: Tensor, z: Tensor) -> Tensor:
-            return image(start + (j + 1) * iterate.solver.step_size, z) - z
-
-        return _steps(iterate, excess, *rest)
 
     def _image(self, f, leaves) -> Callable[[Tensor, Tensor], Tensor]:
         """Traced: (time, z) -> the map whose fixed point is wanted."""
@@ -106,6 +71,47 @@ class EquilibriumEngine(Engine):
         def excess(j: Tensor, u: Tensor) -> Tensor:
             _, product = torch.func.vjp(functools.partial(image, t), point)
             return product(u.reshape(point.shape))[0].reshape(u.shape) + right - u
+
+        return _steps(iterate, excess, *rest)
+
+
+class EquilibriumEngine(SteadyEngine):
+    """The programs of a solve for a steady state by an iteration."""
+
+    def __init__(self, problem: Problem, tree: pytree.TreeSpec):
+        super().__init__(problem, tree)
+        self._forward = program(functools.partial(self._solving, _iterated(problem)), hoisted=True)
+
+    @staticmethod
+    def refusals(problem: Problem) -> list[tuple[bool, str]]:
+        """See `Engine.refusals`."""
+        solver = problem.solver
+        return [
+            (not isinstance(solver, Iteration), f"solver {solver.name!r} is not neuralde's own"),
+            (solver.calls_per_step != 1, f"solver {solver!r} evaluates f more than once per step"),
+            (not _iterate.applies(problem), "it has a horizon"),
+        ]
+
+    @staticmethod
+    def kinds(problem: Problem) -> tuple:
+        """See `Engine.kinds`."""
+        return (problem.solver, problem.rest.termination)
+
+    @torch.no_grad()
+    def _discover(self, problem: Problem, z0: Tensor) -> Iterated:
+        field = problem.field
+        slope = field.first(problem.first_instant, z0, problem.elsewhere)
+        if field.random:
+            raise Unsupported("f draws random numbers")
+        return _iterate.iterate(problem, z0, slope, _Steps(problem, self._forward, (*_given(field), problem.start)))
+
+    def _solving(self, iterate: Iterate, given, *rest):
+        """Traced: steps of a solve."""
+        f, leaves, start = given
+        image = self._image(f, leaves)
+
+        def excess(j: Tensor, z: Tensor) -> Tensor:
+            return image(start + (j + 1) * iterate.solver.step_size, z) - z
 
         return _steps(iterate, excess, *rest)
 

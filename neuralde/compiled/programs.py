@@ -137,17 +137,18 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], hoisted: bo
 
 
 def _kept_between_processes() -> dict:
-    """Options under which Inductor's cache on disk takes programs with a `while_loop` in them.
+    """Options under which Inductor's cache on disk takes programs with a `while_loop` or a `cond` in them.
 
     It skips them otherwise. Its key has the code of a graph and of the graphs inside of it, the loop's among them, with
     all constants.
     """
+    from torch._higher_order_ops.cond import cond_op
     from torch._higher_order_ops.while_loop import while_loop_op
 
     option = "unsafe_marked_cacheable_functions"
     if option not in torch._inductor.list_options():
         return {}
-    return {option: {f"{while_loop_op.__module__}.{while_loop_op.__name__}": torch.__version__}}
+    return {option: {f"{op.__module__}.{op.__name__}": torch.__version__ for op in (while_loop_op, cond_op)}}
 
 
 @functools.lru_cache(maxsize=256)

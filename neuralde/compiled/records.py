@@ -23,8 +23,9 @@ class Log(NamedTuple):
     Attributes:
         s, h, end: where they started, their size, where they ended, [groups]; times run forward.
         ok: which were accepted, [groups]. figures: of `control.Judge`, [1 to 3, groups]; 0 where nothing is reported.
-        z: where they started, [batch, features].
+        z: where they started, [batch, features]; None where that is not kept.
         driving: what drove them beside the vector field; None where nothing does.
+        residual: at their ends, [groups], of a solve for a steady state, else None.
         stages: a closed step's snapshot, [rows, batch, features]; None where they are not wanted.
     """
 
@@ -33,8 +34,9 @@ class Log(NamedTuple):
     end: Tensor
     ok: Tensor
     figures: Tensor
-    z: Tensor
+    z: Tensor | None
     driving: Tensor | None
+    residual: Tensor | None
     stages: Tensor | None
 
 
@@ -77,16 +79,20 @@ class Ran(Trajectory):
             t, dt, end = (x[:filled] * direction for x in (log.s, log.h, log.end))
             ends = end[:, 0].tolist() if joint else end
             for j in range(filled):
-                accepted = None if everyone[j] else log.ok[j]
-                figures, stages = None if silent else log.figures[j], None if log.stages is None else log.stages[j]
-                found.append(Record(0, None, accepted, t[j], dt[j], ends[j], log.z[j], None, figures, snapshot=stages))
+                if everyone[j] or not joint:
+                    accepted, figures = None if everyone[j] else log.ok[j], None if silent else log.figures[j]
+                    z, residual, stages = (None if x is None else x[j] for x in (log.z, log.residual, log.stages))
+                    made = Record(0, None, accepted, t[j], dt[j], ends[j], z, None, figures, snapshot=stages)
+                    made.residual = residual
+                    found.append(made)
         return found
 
     @functools.cached_property
     def used(self) -> list[int]:
-        """Which rows of all logs are filled."""
+        """Which rows of all logs have a record."""
         long = len(self.logs[0][1].s)
-        return [i * long + j for i, (filled, _) in enumerate(self.logs) for j in range(filled)]
+        rows = [(i * long + j, log.ok[j]) for i, (filled, log) in enumerate(self.logs) for j in range(filled)]
+        return [i for i, ok in rows if not self.problem.joint or bool(ok)]
 
     @functools.cached_property
     def interior(self) -> Tensor | None:  # noqa: D102

@@ -48,10 +48,12 @@ class SteppingEngine(Engine):
         rows: of the snapshot of a closed step.
     """
 
+    _settles = False  # whether it looks for steady states
+
     def __init__(self, problem: Problem, tree: pytree.TreeSpec, solver: Solver, sloped: bool, rows: int):
         super().__init__(problem, tree)
         self._solver, self._sloped = solver, sloped
-        self._control, self._joint = problem.control, problem.joint
+        self._control, self._joint, self._keeps = problem.control, problem.joint, problem.keep is None
         self._closed = closes(problem)
         self._stages = rows if self._closed else 0  # rows of a snapshot in the log
         self._begin, self._continue = program(self._beginning), program(self._loop)
@@ -62,7 +64,7 @@ class SteppingEngine(Engine):
         """See `Engine.refusals`."""
         return [
             (problem.watch is not None, "it has events"),
-            (problem.keep is not None, "the adjoint has checkpoints=k"),
+            (problem.keep is not None and problem.rest is None, "the adjoint has checkpoints=k"),
         ]
 
     @staticmethod
@@ -92,6 +94,10 @@ class SteppingEngine(Engine):
         h = torch.where(last, left, torch.minimum(at.h, 0.5 * left) if adaptive else at.h)
         return h, torch.where(last, s1, at.s + h if adaptive else s0 + (at.accepted + 1) * at.h), last
 
+    def _slope_of(self, f, leaves) -> VectorField:
+        """Traced: dz/dt."""
+        return self._of(f, leaves)
+
     def _bounded(self, h: Tensor, given: Sequence[Tensor]) -> Tensor:
         """Traced: a planned size, [groups], within the bounds that there are."""
         return h
@@ -107,6 +113,30 @@ class SteppingEngine(Engine):
     def _driving(self, given: Sequence[Tensor], t: Tensor, t_end: Tensor) -> Tensor | None:
         """Traced: what drives a step from t to t_end, [groups] each, beside the vector field: [numbers, batch, ...]."""
         return None
+
+    def _started(self, stand: Stand) -> tuple[Stand, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Traced: where the solve stands at its start, what else is carried on from attempt to attempt, and what
+        never changes.
+        """
+        return stand, (), ()
+
+    def _least(self, s: Tensor, s0: Tensor, s1: Tensor) -> Tensor:
+        """Traced: steps that are not larger are none, [groups]. s: where they start."""
+        return torch.maximum(s.abs() * resolution(s), (s1 - s0) * LEAST)
+
+    def _looked(
+        self, at: Stand, step: Step, ok: Tensor, arrived: Tensor, own: tuple[Tensor, ...], fixed: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Traced: a look at the end of a step.
+
+        Args:
+            at: where it started. ok, arrived: who took it, and who is at the end of the horizon with it, [groups].
+            own, fixed: of `_started`.
+
+        Returns:
+            Who is at an end; who is lost; the residuals, or None; own.
+        """
+        return arrived, torch.zeros_like(ok), None, own
 
     def _undriven(self, rows: int, given: Sequence[Tensor]) -> Tensor | None:
         """Traced: room for so many of `_driving`."""
@@ -130,7 +160,7 @@ class SteppingEngine(Engine):
     def _discover(self, problem: Problem, z0: Tensor) -> Ran | None:
         field, budget = problem.field, problem.max_steps
         if not self._checked:
-            field.first(problem.start, z0, problem.end)
+            field.first(problem.start, z0, problem.elsewhere)
             if field.random:
                 raise Unsupported("f draws random numbers")
             self._checked = True
@@ -139,8 +169,10 @@ class SteppingEngine(Engine):
         most = max(2, min(_LONGEST, (_WRITTEN if may_overwrite() else _COPIED) // row))
         limit = constant("limit", min(most, budget))
         h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
-        f, room = field.equation.f, problem.start.new_empty(most, len(problem.start))
-        said, stand, log = self._begin(f, leaves, given, z0, problem.start, problem.end, tolerances, h, limit, room)
+        f, room = field.given, problem.start.new_empty(most, len(problem.start))
+        said, stand, log, own, fixed = self._begin(
+            f, leaves, given, z0, problem.start, problem.end, tolerances, h, limit, room
+        )
         logs, attempts = [], 0
         while True:
             made, filled, live, failed = said.tolist()
@@ -151,12 +183,16 @@ class SteppingEngine(Engine):
             if not live:
                 break
             limit = constant("limit", min(most, budget))
-            said, stand, log = self._continue(
-                f, leaves, given, problem.start, problem.end, tolerances, limit, room, *stand
+            said, stand, log, own, fixed = self._continue(
+                f, leaves, given, problem.start, problem.end, tolerances, limit, room, fixed, *stand, *own
             )
         extra = self._extra(problem)
         field.calls += attempts * self._solver.calls_per_step + extra
-        return Ran(problem, z0, Stand(*stand), logs, extra)
+        return self._ran(problem, z0, Stand(*stand), logs, extra, own, fixed)
+
+    def _ran(self, problem: Problem, z0: Tensor, stand: Stand, logs: list, extra: int, own, fixed) -> Ran | None:
+        """What was found; None where it has to be found as ever. own, fixed: of `_started`."""
+        return Ran(problem, z0, stand, logs, extra)
 
     def _empty(self, room: Tensor, z: Tensor, given: Sequence[Tensor]) -> Log:
         """Traced: a log without attempts. room: as long as it is to be, [attempts, groups]."""
@@ -165,11 +201,13 @@ class SteppingEngine(Engine):
         s, h, end = (room.new_empty(most, groups) for _ in range(3))
         ok, figures = room.new_empty(most, groups, dtype=torch.bool), room.new_empty(most, figures, groups)
         stages = z.new_empty(most, self._stages, *z.shape) if self._closed else None
-        return Log(s, h, end, ok, figures, z.new_empty(most, *z.shape), self._undriven(most, given), stages)
+        residual = room.new_empty(most, groups) if self._settles else None
+        kept = z.new_empty(most, *z.shape) if self._keeps else None
+        return Log(s, h, end, ok, figures, kept, self._undriven(most, given), residual, stages)
 
     def _beginning(self, f, leaves, given, z0, t, t1, tolerances, h, limit, room):
         """Traced: the slope at the start, the first step size, and the first attempts."""
-        vector_field, norm = self._of(f, leaves), Norm(*tolerances, self._joint)
+        vector_field, norm = self._slope_of(f, leaves), Norm(*tolerances, self._joint)
         slope = vector_field(vector_field.times(t)[0], z0) if self._sloped or h is None else torch.zeros_like(z0)
         if h is None:
             h = _control.initial_step(vector_field, t, z0, slope, t1 - t, self._solver.order, norm, _M)
@@ -177,26 +215,28 @@ class SteppingEngine(Engine):
         s, live = t * _direction(t, t1), torch.ones_like(t, dtype=torch.bool)
         none, memory = torch.zeros_like(t, dtype=torch.int64), self._control.first_memory(t, _M)
         stand = Stand(s, h, z0, slope, memory, live, ~live, none, none)
-        return self._loop(f, leaves, given, t, t1, tolerances, limit, room, *(x.clone() for x in stand))
+        stand, own, fixed = self._started(stand)
+        carried = (x.clone() for x in (*stand, *own))
+        return self._loop(f, leaves, given, t, t1, tolerances, limit, room, fixed, *carried)
 
-    def _loop(self, f, leaves, given, t, t1, tolerances, limit, room, *stand):
+    def _loop(self, f, leaves, given, t, t1, tolerances, limit, room, fixed, *carried):
         """Traced: attempts until all samples are at their ends, or as many as the log holds.
 
         Returns:
             How many attempts were made and rows of the log filled, whether a sample is not at its end, and whether one
-            failed; the `Stand`; the `Log`.
+            failed; the `Stand`; the `Log`; and the latter two of `_started`.
         """
-        vector_field, norm = self._of(f, leaves), Norm(*tolerances, self._joint)
+        vector_field, norm = self._slope_of(f, leaves), Norm(*tolerances, self._joint)
         solver, control = self._solver, self._control
         exponents = control.exponents(solver.order, solver.exponents) if control.adaptive else None
         direction = _direction(t, t1)
         s0, s1 = t * direction, t1 * direction
 
         def more(made, row, *carried):
-            return (made < limit) & Stand(*carried).live.any()
+            return (made < limit) & Stand(*carried[:9]).live.any()
 
         def attempt(log, made, row, *carried):
-            at = Stand(*carried)
+            at, own = Stand(*carried[:9]), carried[9:]
             h, end, last = self._next(at, s0, s1, given)
             t, slope = at.s * direction, at.slope if self._sloped else None
             driving = self._driving(given, t, end * direction)
@@ -213,35 +253,35 @@ class SteppingEngine(Engine):
             else:
                 ok = at.live & (step.z.sum()[None] if self._joint else step.z.sum(dim=1)).isfinite()
                 planned, previous = at.h, at.previous
-            column, s = ok[:, None], torch.where(ok, end, at.s)
-            hopeless = ~ok
+            column, s, hopeless = ok[:, None], torch.where(ok, end, at.s), ~ok
             if control.adaptive:
-                least = torch.maximum(s.abs() * resolution(s), (s1 - s0) * LEAST)
-                hopeless = (planned <= least) | self._stuck(ok, h, given)
-            hopeless = at.live & ~(ok & last) & hopeless
+                hopeless = (planned <= self._least(s, s0, s1)) | self._stuck(ok, h, given)
+            arrived, lost, residual, own = self._looked(at, step, ok, ok & last, own, fixed)
+            hopeless = lost | (at.live & ~arrived & hopeless)
             stand = Stand(
                 s=s,
                 h=planned.clone(),
                 z=torch.where(column, step.z, at.z),
                 slope=torch.where(column, step.slope_end, at.slope) if self._sloped else at.slope.clone(),
                 previous=previous.clone(),
-                live=at.live & ~(ok & last) & ~hopeless,
+                live=at.live & ~arrived & ~hopeless,
                 failed=at.failed | hopeless,
                 accepted=at.accepted + ok,
                 rejected=at.rejected + (at.live & ~ok),
             )
             stages = solver.snapshot(step.stages) if self._closed else None
-            now = Log(at.s, h, end, ok, figures, at.z, driving, stages)
+            now = Log(at.s, h, end, ok, figures, at.z if self._keeps else None, driving, residual, stages)
             for x, new in zip(log, filter(_there, now), strict=True):
                 x.index_copy_(0, row, new[None])
             # What the whole batch rejects is written over: the backward pass has no use for it.
-            return made + 1, row + (ok if self._joint else 1), *stand
+            return made + 1, row + (ok if self._joint and not self._settles else 1), *stand, *own
 
-        log, none = self._empty(room, stand[2], given), torch.zeros((), dtype=torch.int64)
-        carried = none, torch.zeros(1, dtype=torch.int64), *stand
-        made, filled, *stand = overwriting_loop(more, attempt, carried, list(filter(_there, log)))
-        live, failed = (Stand(*stand)[i].any().to(made.dtype) for i in (5, 6))
-        return torch.stack([made, filled.squeeze(0), live, failed]), tuple(stand), tuple(log)
+        log, none = self._empty(room, carried[2], given), torch.zeros((), dtype=torch.int64)
+        carried = none, torch.zeros(1, dtype=torch.int64), *carried
+        made, filled, *found = overwriting_loop(more, attempt, carried, list(filter(_there, log)))
+        stand, own = Stand(*found[:9]), tuple(found[9:])
+        live, failed = stand.live.any().to(made.dtype), stand.failed.any().to(made.dtype)
+        return torch.stack([made, filled.squeeze(0), live, failed]), tuple(stand), tuple(log), own, fixed
 
     def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
         """Traced: what a `Judge` says of a step from z, [1 to 3, groups]."""
