@@ -158,9 +158,9 @@ def solved(compile):
     if kind == "sde":
         equation = nde.SDE(f, lambda t, z: 0.1 * torch.ones_like(z))
         return nde.solve(equation, z0, (0.0, 1.0), solver="sosri2", seed=1, compile=compile)
-    return nde.solve(nde.SteadyState(g), z0, solver=kind, compile=compile)
+    return nde.solve(nde.SteadyState(g), z0, solver=kind, rtol=1e-10, atol=1e-10, compile=compile)
 mine, theirs = (solved(x).final for x in (True, False))
-print(float((mine - theirs).abs().max()) < 1e-10, counters["inductor"]["fxgraph_cache_hit"] > 0)
+print(float((mine - theirs).abs().max()) < 1e-8, counters["inductor"]["fxgraph_cache_hit"] > 0)
 """
 
 
