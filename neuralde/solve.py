@@ -112,8 +112,9 @@ def solve(
             structure of z0.
         compile: let torch.compile make programs of the loop and of its backward pass, at the first call and for some
             seconds; they serve all later solves with this f. On the CPU: SDEs and explicit Runge-Kutta methods, with
-            gradients by "checkpointed"; and iterations for steady states ("fixed_point", "anderson", "broyden"), with
-            "implicit" where one of these solves its systems. Else one warning says why, and all is as without it.
+            gradients by "checkpointed"; and steady states by "tsit5", "bs3", "dopri5" or an iteration ("fixed_point",
+            "anderson", "broyden"), with "implicit" too where one of these solves its systems. Else one warning says
+            why, and all is as without it.
         seed: of an SDE's noise, an integer: `brownian=BrownianTree(seed)`. None draws one from torch's generator.
         brownian: where an SDE's noise comes from: a `BrownianTree`, or, under joint control, a Brownian object of
             torchsde's.
