@@ -99,10 +99,15 @@ class EquilibriumEngine(SteadyEngine):
 
     @torch.no_grad()
     def _discover(self, problem: Problem, z0: Tensor) -> Iterated:
-        field = problem.field
-        slope = field.first(problem.first_instant, z0, problem.elsewhere)
-        if field.random:
-            raise Unsupported("f draws random numbers")
+        field, t = problem.field, problem.first_instant
+        if self._checked:
+            field.fill(t, z0)
+            slope = field(field.times(t)[0], z0)
+        else:
+            slope = field.first(t, z0, problem.elsewhere)
+            if field.random:
+                raise Unsupported("f draws random numbers")
+            self._checked = True
         return _iterate.iterate(problem, z0, slope, _Steps(problem, self._forward, (*_given(field), problem.start)))
 
     def _solving(self, iterate: Iterate, given, *rest):
