@@ -268,7 +268,7 @@ def test_what_does_not_go_together():
     with refused(nde.NeuralDEError, "torch.func", "euler"):
         torch.func.grad(lambda z: nde.solve(steady, z).final.sum())(z)
     with pytest.warns(UserWarning, match="compile"):
-        nde.solve(steady, z, compile=True)
+        nde.solve(steady, z, solver="newton", compile=True)
     for t in (0.0, -1.0, (1.0, 1.0)):
         with refused(ValueError, "t must"):
             nde.solve(steady, z, t)
