@@ -145,7 +145,7 @@ class Layout:
         flat = flat if flat.dtype == self.dtype else flat.to(self.dtype)
         lead = flat.shape[:-1]
         if self.tree is None:
-            return flat if len(self.shapes[0]) == 1 else flat.reshape(*lead, *self.shapes[0])
+            return flat.reshape(*lead, *self.shapes[0])
         leaves = einops.unpack(flat, [tuple(shape) for shape in self.shapes], _lead_pattern(len(lead)))
         return pytree.tree_unflatten(list(leaves), self.tree)
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from neuralde.errors import NonFiniteState
 from neuralde.introspection import Probe
 
-from .recomputed import Last, Seeds, again, hooked
+from .recomputed import Last, Seeds, again
 from .rows import Rows
 
 # The recordings that are open, outermost first: (the list that fills, where its times come from, `again` as it began).
@@ -76,16 +76,14 @@ def draws(f, start) -> random.Random:
     Args:
         f, start: its function and its start, by which a checkpoint's recomputation draws the same.
     """
+    return random.Random(_SEEDS.of(f, start, _seed))  # one number per solve, however many it draws
+
+
+def _seed() -> int:
     given = next((one for _, one, _ in reversed(_OPEN.get()) if one is not None), None)
-    if given is None and not hooked():
-        return _stream()
-
-    def seed() -> int:
-        if given is None:
-            return _stream().getrandbits(62)
-        return int(torch.randint(2**62, (), generator=given, device=given.device))
-
-    return random.Random(_SEEDS.of(f, start, seed))
+    if given is None:
+        return _stream().getrandbits(62)
+    return int(torch.randint(2**62, (), generator=given, device=given.device))
 
 
 def _stream() -> random.Random:

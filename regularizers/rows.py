@@ -30,13 +30,11 @@ class Rows:
 
     def __init__(self, z, end=None):
         leaves = pytree.tree_leaves(z)
-        beside = [x for x in pytree.tree_leaves(end) if isinstance(x, Tensor)]
-        self.finite = None
-        if [x.shape for x in beside] == [x.shape for x in leaves] and all(map(all_finite, beside)):
-            return  # what was not finite on the way is not finite at the end
         sizes = {x.shape[:1] for x in leaves}
+        beside = [x for x in pytree.tree_leaves(end) if isinstance(x, Tensor)]
         if {x.shape[:1] for x in beside} == sizes:
             leaves = leaves + beside
+        self.finite = None
         if not all(map(all_finite, leaves)):
             alone = len(sizes) > 1 or sizes == {torch.Size()}
             rows = [torch.isfinite(x.detach()).reshape(1 if alone else len(x), -1).all(dim=1) for x in leaves]

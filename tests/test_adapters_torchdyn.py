@@ -350,3 +350,28 @@ def test_replicas_of_data_parallel_are_watched_as_themselves(engine):
     assert any(g is not None and bool(g.any()) for g in gradients(value, replica.vf))
     # Its own copies are its own too, and the layer's calls still the layer's.
     assert replica.forward.layer is replica and ours.forward.layer is ours
+
+
+def test_who_is_lost_after_the_last_output_is_left_out():
+    """The rows that save_at asks for may lie before the time that is looked at."""
+
+    class Exploding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def forward(self, t, x, args=None):
+            return self.rate * x + torch.where((t > 0.1) & (x > 5.0), torch.inf, 0.0)
+
+    core = pytest.importorskip("torchdyn.core")
+    ours = reg.attach(core.NeuralODE(Exploding(), solver="euler", sensitivity="autograd"))
+    x = torch.tensor([[1.0], [10.0]], dtype=torch.float64)
+    for sampling in ("unbiased", "biased"):
+        for _ in range(4):
+            y = ours(
+                x, torch.linspace(0, 1, 21, dtype=torch.float64), save_at=torch.tensor([0.1], dtype=torch.float64)
+            )[1]
+            assert bool(y.isfinite().all())
+            penalty = reg.LocalStiffness(sampling)(ours)
+            (gradient,) = torch.autograd.grad(penalty, list(ours.vf.parameters()))
+            assert bool(penalty.isfinite()) and bool(gradient.isfinite())

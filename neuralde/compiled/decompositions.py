@@ -7,6 +7,8 @@ stands in; written as sums it is fused with what is around it.
 from __future__ import annotations
 
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable
 
 import torch
@@ -16,13 +18,16 @@ THIN, LONG = 4, 128  # up to THIN columns (or rows, or terms) a product is writt
 
 
 class _Table(dict):
-    """Known by its name to Inductor's cache on disk, which can't make a key of what is in it.
-
-    The key has the graph as well, in which the decompositions have been made.
-    """
+    """Known by its name to Inductor's cache on disk, which can't make a key of what is in it: see `version`."""
 
     def __reduce__(self):
         return table, ()
+
+
+@functools.cache
+def version() -> str:
+    """Of this file: programs that were made with another one are not these."""
+    return hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
 @functools.cache

@@ -148,7 +148,8 @@ def _kept_between_processes() -> dict:
     option = "unsafe_marked_cacheable_functions"
     if option not in torch._inductor.list_options():
         return {}
-    return {option: {f"{op.__module__}.{op.__name__}": torch.__version__ for op in (while_loop_op, cond_op)}}
+    made_by = f"{torch.__version__} {decompositions.version()}"  # which is in the key as well
+    return {option: {f"{op.__module__}.{op.__name__}": made_by for op in (while_loop_op, cond_op)}}
 
 
 @functools.lru_cache(maxsize=256)

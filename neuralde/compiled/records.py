@@ -121,7 +121,7 @@ class Ran(Trajectory):
         batch, logged = len(self._z0), sum(len(log.s) for _, log in self.logs)
         everyone = torch.arange(batch)
         where = self.grid.gather([everyone + i * batch for i in self.used], everyone)
-        spread = marks.new_zeros(logged * batch, *marks.shape[1:]).index_copy(0, where, marks)
+        spread = marks.new_zeros(logged * batch, *marks.shape[1:]).index_copy_(0, where, marks)
         return spread.view(logged, batch, *marks.shape[1:]).movedim(1, 2).contiguous()
 
     @property
