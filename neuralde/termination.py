@@ -189,6 +189,22 @@ def measure(
     return size, torch.where(bound < scale, known / bound, size / scale), scale
 
 
+def outset(t: Termination, joint: bool, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What a solve is told of its start, [groups] each.
+
+    Args:
+        t, joint, z, slope: of `measure`.
+
+    Returns:
+        The residual; ‖f(z) - z‖; the larger of it and ‖f(z)‖, or None where the mode has no use for it; and what
+        ‖f(z) - z‖ may not exceed later on.
+    """
+    size, figure, scale = measure(t, joint, z, slope, None)
+    limit = size * (t.divergence or math.inf)
+    largest = None if scale is None else torch.maximum(size, scale)
+    return figure, size, largest, torch.where(limit > 0, limit, math.inf)
+
+
 class Recent:
     """The last residuals of a solve, and how old the least ones are.
 
@@ -265,17 +281,14 @@ class Rest:
 
     def begin(self, z: Tensor, slope: Tensor) -> Tensor | None:
         """Takes in the start. Returns the codes of `look`."""
-        self.started = None
         with torch.no_grad():
-            size, figure, scale = self._measure(None, z, slope)
-        free = scale is None or isinstance(self.termination, Unrolled)  # of what a state that runs away is held to
-        self.started = None if free else (size, torch.maximum(size, scale))
+            # Where f is not finite at the start, the loop has ended the sample.
+            figure, size, largest, self.limit = outset(self.termination, self.joint, z, slope.to(z.dtype))
+        free = largest is None or isinstance(self.termination, Unrolled)  # of what a state that runs away is held to
+        self.started = None if free else (size, largest)
         self.first = self.residual = self.least = figure
         self.best = self.before = z
         self.converged = torch.zeros_like(figure, dtype=torch.bool)
-        # Where f is not finite at the start, the loop has ended the sample.
-        limit = size * (self.termination.divergence or math.inf)
-        self.limit = torch.where(limit > 0, limit, math.inf)
         settled = figure <= self.termination.tolerance
         if not bool(settled.any()):
             return None

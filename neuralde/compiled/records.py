@@ -82,9 +82,8 @@ class Ran(Trajectory):
                 if everyone[j] or not joint:
                     accepted, figures = None if everyone[j] else log.ok[j], None if silent else log.figures[j]
                     z, residual, stages = (None if x is None else x[j] for x in (log.z, log.residual, log.stages))
-                    made = Record(0, None, accepted, t[j], dt[j], ends[j], z, None, figures, snapshot=stages)
-                    made.residual = residual
-                    found.append(made)
+                    what = {"figures": figures, "snapshot": stages, "residual": residual}
+                    found.append(Record(0, None, accepted, t[j], dt[j], ends[j], z, None, **what))
         return found
 
     @functools.cached_property

@@ -131,9 +131,6 @@ class SDEEngine(SteppingEngine):
         pieces = 2 if isinstance(self._solver, StepDoubling) else 1
         return given[1].new_empty(rows, 2 * pieces, *given[0].shape)
 
-    def _numbers(self, given: Sequence[Tensor]) -> int:
-        return self._undriven(1, given).numel()
-
     def _attempt(
         self, vector_field: Drift, driving: Tensor, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
         lens: bool = True, close: bool = False,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import termination as _termination
+from ..discover import resolution
 from ..held import Held
 from ..problem import Problem
 from ..solvers import Step
@@ -24,7 +25,7 @@ from .equilibrium import SteadyEngine
 from .programs import constant
 from .records import Log, Ran, Stand
 from .runge_kutta import RungeKuttaEngine
-from .stepping import SteppingEngine, closes, resolution
+from .stepping import SteppingEngine, closes
 
 
 class _Own(NamedTuple):
@@ -104,10 +105,8 @@ class SettlingEngine(SteadyEngine, RungeKuttaEngine):
         return s.abs() * resolution(s)
 
     def _started(self, stand: Stand) -> tuple[Stand, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        size, figure, scale = _termination.measure(self._termination, self._joint, stand.z, stand.slope, None)
-        limit = size * (self._termination.divergence or math.inf)
-        largest = torch.maximum(size, scale) if self._scaled else size
-        fixed = _Start(figure, size, largest, torch.where(limit > 0, limit, math.inf))
+        figure, size, largest, limit = _termination.outset(self._termination, self._joint, stand.z, stand.slope)
+        fixed = _Start(figure, size, size if largest is None else largest, limit)
         live = ~(figure <= self._termination.tolerance)
         return stand._replace(live=live), tuple(_Own(figure, stand.z)), tuple(x.clone() for x in fixed)
 

@@ -139,12 +139,8 @@ class SteppingEngine(Engine):
         return arrived, torch.zeros_like(ok), None, own
 
     def _undriven(self, rows: int, given: Sequence[Tensor]) -> Tensor | None:
-        """Traced: room for so many of `_driving`."""
+        """Room for so many of `_driving`."""
         return None
-
-    def _numbers(self, given: Sequence[Tensor]) -> int:
-        """How many numbers `_driving` has."""
-        return 0
 
     def _attempt(
         self, vector_field: VectorField, driving: Tensor | None, t: Tensor, dt: Tensor, z: Tensor, slope: Tensor | None,
@@ -165,8 +161,9 @@ class SteppingEngine(Engine):
                 raise Unsupported("f draws random numbers")
             self._checked = True
         leaves, tolerances, given = leaves_of(field.args), self._tolerances(problem, z0), self._given(problem)
-        row = ((1 + self._stages) * z0.numel() + self._numbers(given)) * z0.element_size()
-        most = max(2, min(_LONGEST, (_WRITTEN if may_overwrite() else _COPIED) // row))
+        driving = self._undriven(1, given)
+        row = (1 + self._stages) * z0.numel() + (0 if driving is None else driving.numel())
+        most = max(2, min(_LONGEST, (_WRITTEN if may_overwrite() else _COPIED) // (row * z0.element_size())))
         limit = constant("limit", min(most, budget))
         h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
         f, room = field.given, problem.start.new_empty(most, len(problem.start))
