@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .adjoints.base import Outcome
 from .graph import without_gradient
-from .outputs import Outputs
 from .problem import Problem
 from .solution import Solution, Statistics, Steps
 from .termination import kept
@@ -78,11 +77,21 @@ class Equilibrium(Solution):
         before: evaluations of f before the solve, which made z0; counted in `stats`.
     """
 
-    def __init__(self, problem: Problem, outcome: Outcome, ts: Tensor, found: Outputs, z0_flat: Tensor):
-        super().__init__(problem, outcome, ts, found, z0_flat)
+    def __init__(self, problem: Problem, outcome: Outcome, z0_flat: Tensor):
+        self._begin(problem, outcome, z0_flat)
+        self._stopped, self._held, self.events = None, None, []
         self.residual = problem.rest.residual.expand(problem.field.layout.batch)
         self.termination = problem.rest.termination
         self.before = 0
+
+    @functools.cached_property
+    def ts(self) -> Tensor:  # noqa: D102  (documented in the class)
+        batch = self._problem.field.layout.batch
+        return torch.stack([x.expand(batch) for x in (self._problem.start, self._outcome.trajectory.reached)])
+
+    @functools.cached_property
+    def zs(self):  # noqa: D102
+        return self._problem.field.layout.unpack(torch.stack([self._z0, self._outcome.final]))
 
     @property
     def stats(self) -> Statistics:

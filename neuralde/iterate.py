@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -126,6 +126,18 @@ class Stretch(NamedTuple):
     starts: Tensor | None
 
 
+class Opening(NamedTuple):
+    """The first steps of every sample, and what was before them.
+
+    Attributes:
+        outset: see `termination.outset`. stretch: the steps. rested: whether all samples have come to rest.
+    """
+
+    outset: tuple[Tensor, Tensor, Tensor | None, Tensor]
+    stretch: Stretch
+    rested: bool
+
+
 class Ends(NamedTuple):
     """What is known of those that have ended, and the best states of all.
 
@@ -159,6 +171,18 @@ class Ends(NamedTuple):
         return Ends(*(x.index_select(0, index) for x in self))
 
 
+class Programs(Protocol):
+    """What makes several steps at once."""
+
+    def opening(self, z0: Tensor, most: int) -> Opening:
+        """The first ones from z0, [batch, features], but for a few at most."""
+
+    def __call__(
+        self, z: Tensor, slope: Tensor, memory: Memory, watched: Watched, ends: Ends, before: int, most: int
+    ) -> Stretch:
+        """Further ones: before, how many were made; most, how many may be."""
+
+
 class Taken(NamedTuple):
     """A step as it is remembered.
 
@@ -173,6 +197,11 @@ class Taken(NamedTuple):
     residual: Tensor
 
 
+def setting_out(figure: Tensor, t: Termination) -> Tensor:
+    """Who goes on from the start, [groups], where the residuals are these."""
+    return figure.isfinite() & ~(figure <= t.tolerance)
+
+
 def applies(problem: Problem) -> bool:
     """Whether the problem is one for `iterate`: without a horizon, and with nobody who looks on."""
     own = problem.solver.discrete and problem.rest is not None and problem.observer is None
@@ -180,20 +209,19 @@ def applies(problem: Problem) -> bool:
 
 
 @torch.no_grad()
-def iterate(problem: Problem, z0: Tensor, slope: Tensor, steps: Callable | None = None) -> Iterated:
+def iterate(problem: Problem, z0: Tensor, slope: Tensor | None, steps: Programs | None = None) -> Iterated:
     """Solves from z0.
 
     Args:
         problem: one that `applies`.
-        z0: [batch, features], in the working dtype. slope: f(z0) - z0.
-        steps: (z, slope, memory, `Watched`, `Ends`, how many steps were made, how many may be) -> `Stretch`; makes
-            them in place of `Iterate`, once there is a memory. The batch is not compacted then.
+        z0: [batch, features], in the working dtype. slope: f(z0) - z0; None has the programs find it.
+        steps: makes the steps in place of `Iterate`, once there is a memory. The batch is not compacted then.
     """
     return _Iterating(problem, z0, slope, steps).run()
 
 
 class _Iterating:
-    def __init__(self, problem: Problem, z0: Tensor, slope: Tensor, steps: Callable | None):
+    def __init__(self, problem: Problem, z0: Tensor, slope: Tensor | None, steps: Programs | None):
         self.problem, self.z0, self.solver = problem, z0, problem.solver
         self.rest, self.joint = problem.rest, problem.joint
         self.termination = self.rest.termination
@@ -202,12 +230,16 @@ class _Iterating:
         # Of the samples that are iterated.
         self.rows: Tensor | None = None
         self.field = problem.field
-        self.z, self.slope = z0, slope.to(z0.dtype)
-        self.memory = None if steps is None else self.solver.start(self.z, self.slope)
         self.attempts = self.since = 0
         self.recent = _termination.Recent(self.termination)
         self.taken: list[Taken] = []
-        codes = self.rest.begin(z0, self.slope)
+        if slope is not None:
+            self.z, self.slope = z0, slope.to(z0.dtype)
+            self.memory = None if steps is None else self.solver.start(self.z, self.slope)
+            self.rest.begin(z0, self.slope)
+        else:
+            opening = steps.opening(z0, self._most())
+            self.rest.begun(z0, *opening.outset)
         # Of all; groups are put down here when there is no way around it, or at the end.
         groups = problem.start.shape[0]
         self.final, self.status = z0, torch.zeros(groups, dtype=torch.int64, device=z0.device)
@@ -215,16 +247,23 @@ class _Iterating:
         self.work = self.status.new_zeros(2, groups)  # evaluations and linear solves of steps that differ in them
         # Of those that are iterated: who has ended is not alive any more, and open until it was put down.
         started = self.rest.started or (None, None)
-        self.open = torch.ones(groups, dtype=torch.bool, device=z0.device)
+        self.open: Tensor | None = torch.ones(groups, dtype=torch.bool, device=z0.device)  # None: nobody is
         self.watched = Watched(self.open, self.rest.least, self.rest.limit, *started)
         self.ends = Ends(torch.zeros_like(self.status), self.rest.first, z0, z0)
         self.left, self.untouched = groups, True  # whether nobody has been put down yet
-        self._begin(codes)
+        if slope is not None:
+            self._begin()
+        else:
+            self.field.calls += 1
+            self._take(opening.stretch)
+            if opening.rested:
+                self._settle()
+            else:
+                self._look()
 
-    def _begin(self, codes: Tensor | None):
+    def _begin(self):
         """Ends those that are at rest from the start, or where f is not finite."""
-        live = self.rest.first.isfinite()
-        live = live if codes is None else live & (codes == GOING)
+        live = setting_out(self.rest.first, self.termination)
         if not bool(live.all()):
             self._end(self.watched._replace(live=live), None)
 
@@ -239,7 +278,8 @@ class _Iterating:
         spent = self.watched.live if self.left else None
         if spent is not None:
             self._end_now(spent)
-        self._put_down(spent, Status.MAX_STEPS)
+        if self.open is not None:
+            self._put_down(spent, Status.MAX_STEPS)
         return Iterated(self)
 
     def _attempt(self):
@@ -268,16 +308,34 @@ class _Iterating:
 
     def _several(self):
         """Steps that are made without a look from here: the next one is where a stall is looked for."""
-        self.memory, before = self.solver.room(self.memory), self.attempts
-        most = [self.problem.max_steps - before, self.termination.unwatched(before), self.solver.lasts(self.memory)]
-        most = min(x for x in most if x is not None)
-        found = self.steps(self.z, self.slope, self.memory, self.watched, self.ends, before, most)
+        self.memory = self.solver.room(self.memory)
+        lasts, most = self.solver.lasts(self.memory), self._most()
+        most = most if lasts is None else min(most, lasts)
+        self._take(self.steps(self.z, self.slope, self.memory, self.watched, self.ends, self.attempts, most))
+        self._look()
+
+    def _most(self) -> int:
+        """How many steps may be made without a look from here."""
+        most, unwatched = self.problem.max_steps - self.attempts, self.termination.unwatched(self.attempts)
+        return most if unwatched is None else min(most, unwatched)
+
+    def _take(self, found: Stretch):
+        before = self.attempts
         self.z, self.slope, self.memory, self.ends = found.z, found.slope, found.memory, found.ends
         self.attempts += found.made
         self.field.calls += found.made
         for k in range(found.made):
             self._remember(before + k, None if found.starts is None else found.starts[k], found.figures[k])
-        self._end(found.watched, self._stalled())
+        self.watched = found.watched
+
+    def _look(self):
+        self._end(self.watched, self._stalled())
+
+    def _settle(self):
+        """Puts down that everybody has come to rest."""
+        self.left, self.open, ends = 0, None, self.ends
+        self.attempted = self.accepted = ends.at
+        self.final, self.rest.before, self.rest.residual = ends.best, ends.before, self.watched.least
 
     def _remember(self, number: int, start: Tensor | None, figure: Tensor):
         self.taken.append(Taken(number, self.rows, start if self.problem.keep is None else None, figure))

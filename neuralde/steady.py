@@ -19,7 +19,6 @@ from .equations import SteadyState
 from .equilibrium import Equilibrium
 from .errors import NeuralDEError, SolveWarning, Status
 from .field import Field, full_precision
-from .outputs import Outputs
 from .problem import Problem
 from .solvers import Solver
 from .state import Layout
@@ -94,11 +93,8 @@ def solve(
     )
     with full_precision(layout.device), parametrized.once(equation.f):
         outcome = adjoint.solve(problem, flat)
-    trajectory = outcome.trajectory
-    _report(problem, trajectory, on_failure)
-    ends = trajectory.reached.expand(layout.batch)
-    ts = torch.stack([problem.start.expand(layout.batch), ends])
-    return Equilibrium(problem, outcome, ts, Outputs(torch.stack([flat, outcome.final]), [], None, None), flat)
+    _report(problem, outcome.trajectory, on_failure)
+    return Equilibrium(problem, outcome, flat)
 
 
 def chosen(

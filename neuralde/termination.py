@@ -205,6 +205,11 @@ def outset(t: Termination, joint: bool, z: Tensor, slope: Tensor) -> tuple[Tenso
     return figure, size, largest, torch.where(limit > 0, limit, math.inf)
 
 
+def held_to(t: Termination, size: Tensor, largest: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What of the `outset` a state that runs away is held to: `measure`'s start."""
+    return None if largest is None or isinstance(t, Unrolled) else (size, largest)
+
+
 class Recent:
     """The last residuals of a solve, and how old the least ones are.
 
@@ -283,17 +288,19 @@ class Rest:
         """Takes in the start. Returns the codes of `look`."""
         with torch.no_grad():
             # Where f is not finite at the start, the loop has ended the sample.
-            figure, size, largest, self.limit = outset(self.termination, self.joint, z, slope.to(z.dtype))
-        free = largest is None or isinstance(self.termination, Unrolled)  # of what a state that runs away is held to
-        self.started = None if free else (size, largest)
-        self.first = self.residual = self.least = figure
-        self.best = self.before = z
-        self.converged = torch.zeros_like(figure, dtype=torch.bool)
-        settled = figure <= self.termination.tolerance
+            self.begun(z, *outset(self.termination, self.joint, z, slope.to(z.dtype)))
+        settled = self.first <= self.termination.tolerance
         if not bool(settled.any()):
             return None
         self.converged = settled
         return torch.where(settled, int(Status.SUCCESS), GOING)
+
+    def begun(self, z: Tensor, figure: Tensor, size: Tensor, largest: Tensor | None, limit: Tensor) -> None:
+        """Takes in the `outset`."""
+        self.started, self.limit = held_to(self.termination, size, largest), limit
+        self.first = self.residual = self.least = figure
+        self.best = self.before = z
+        self.converged = torch.zeros_like(figure, dtype=torch.bool)
 
     def _measure(self, rows: Tensor | None, z: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(‖f(z) - z‖, the residual of the mode, what the former is divided by for that or None), [groups] each."""

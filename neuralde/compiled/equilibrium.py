@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import iterate as _iterate
+from .. import termination as _termination
 from ..field import Field
-from ..iterate import Ends, Iterate, Iterated, Stretch, Watched
+from ..iterate import Ends, Iterate, Iterated, Opening, Stretch, Watched
 from ..problem import Problem
 from ..solvers import Iteration
 from ..solvers.iteration import Memory
@@ -33,7 +34,7 @@ class SteadyEngine(Engine):
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         super().__init__(problem, tree)
         self._is_map = problem.field.given is not problem.field.equation.f
-        self._backward: dict[Iterate, Callable] = {}
+        self._backward: dict[Iterate, tuple[Callable, Callable]] = {}
 
     def _image(self, f, leaves) -> Callable[[Tensor, Tensor], Tensor]:
         """Traced: (time, z) -> the map whose fixed point is wanted."""
@@ -55,16 +56,16 @@ class SteadyEngine(Engine):
         if self.broken is not None or problem.solver.calls_per_step != 1:
             return None
         if iterate not in self._backward:
-            self._backward[iterate] = program(functools.partial(self._transposing, iterate), hoisted=True)
-        steps = _Steps(problem, self._backward[iterate], (*_given(field), t, z, right))
+            self._backward[iterate] = _programs(iterate, self._transposing)
+        steps = _Steps(problem, *self._backward[iterate], (*_given(field), t, z, right))
         try:
-            return _iterate.iterate(problem, torch.zeros_like(right), right, steps)
+            return _iterate.iterate(problem, torch.zeros_like(right), None, steps)
         except Exception as error:  # whatever the compiler says
             self._give_up(problem, Unsupported(first_line(error)))
             return None
 
-    def _transposing(self, iterate: Iterate, given, *rest):
-        """Traced: steps towards the costate."""
+    def _transposing(self, iterate: Iterate, given) -> tuple[Callable, Callable]:
+        """Traced: see `_programs`."""
         f, leaves, t, point, right = given
         image = self._image(f, leaves)
 
@@ -72,7 +73,7 @@ class SteadyEngine(Engine):
             _, product = torch.func.vjp(functools.partial(image, t), point)
             return product(u.reshape(point.shape))[0].reshape(u.shape) + right - u
 
-        return _steps(iterate, excess, *rest)
+        return excess, lambda zero: right
 
 
 class EquilibriumEngine(SteadyEngine):
@@ -80,7 +81,7 @@ class EquilibriumEngine(SteadyEngine):
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         super().__init__(problem, tree)
-        self._forward = program(functools.partial(self._solving, _iterated(problem)), hoisted=True)
+        self._forward = _programs(_iterated(problem), self._solving)
 
     @staticmethod
     def refusals(problem: Problem) -> list[tuple[bool, str]]:
@@ -102,47 +103,80 @@ class EquilibriumEngine(SteadyEngine):
         field, t = problem.field, problem.first_instant
         if self._checked:
             field.fill(t, z0)
-            slope = field(field.times(t)[0], z0)
         else:
-            slope = field.first(t, z0, problem.elsewhere)
+            field.first(t, z0, problem.elsewhere)
             if field.random:
                 raise Unsupported("f draws random numbers")
-            self._checked = True
-        return _iterate.iterate(problem, z0, slope, _Steps(problem, self._forward, (*_given(field), problem.start)))
+            self._checked, field.calls = True, 0  # the program's own first one counts
+        return _iterate.iterate(problem, z0, None, _Steps(problem, *self._forward, (*_given(field), problem.start)))
 
-    def _solving(self, iterate: Iterate, given, *rest):
-        """Traced: steps of a solve."""
+    def _solving(self, iterate: Iterate, given) -> tuple[Callable, Callable]:
+        """Traced: see `_programs`."""
         f, leaves, start = given
         image = self._image(f, leaves)
 
-        def excess(j: Tensor, z: Tensor) -> Tensor:
+        def excess(j: Tensor | int, z: Tensor) -> Tensor:
             return image(start + (j + 1) * iterate.solver.step_size, z) - z
 
-        return _steps(iterate, excess, *rest)
+        return excess, functools.partial(excess, -1)
+
+
+def _programs(iterate: Iterate, maps: Callable) -> tuple[Callable, Callable]:
+    """The programs for the first steps, and for further ones.
+
+    Args:
+        maps: traced, (iterate, what a program is given) -> two functions: (which step of all, a state) -> f(z) - z, and
+            (the state at the start) -> f(z) - z there.
+    """
+
+    def opening(given, z0, *rest):
+        excess, first = maps(iterate, given)
+        return _opening(iterate, excess, z0, first(z0), *rest)
+
+    def further(given, *rest):
+        return _steps(iterate, maps(iterate, given)[0], *rest)
+
+    return program(opening, hoisted=True), program(further, hoisted=True)
 
 
 class _Steps:
-    """What `iterate` calls for a stretch of steps.
+    """The programs with what they are given: see `iterate.Programs`.
 
     Args:
-        problem: that is solved. call: a program. given: what it is given before the loop's own.
+        problem: that is solved. first, further: its programs. given: what they are given before the loop's own.
     """
 
-    def __init__(self, problem: Problem, call: Callable, given: tuple):
-        self.problem, self.call, self.given = problem, call, given
+    def __init__(self, problem: Problem, first: Callable, further: Callable, given: tuple):
+        self.problem, self.first, self.further, self.given = problem, first, further, given
+
+    def opening(self, z0: Tensor, most: int) -> Opening:
+        """See `iterate.Programs`."""
+        groups, most = 1 if self.problem.joint else len(z0), min(most, _LONGEST)
+        figures, starts = self._room(z0, groups)
+        given, z = _apart((self.given, z0))
+        said, outset, buffers, *found = self.first(given, z, torch.tensor([most]), figures, starts)
+        made, unsettled = said.tolist()
+        return Opening(outset, _stretch(made, -1, buffers, found, figures, starts), not unsettled)
 
     def __call__(
         self, z: Tensor, slope: Tensor, memory: Memory, watched: Watched, ends: Ends, before: int, most: int
     ) -> Stretch:
-        """See `iterate.iterate`."""
-        figures = z.new_empty(_LONGEST, len(watched.live))
-        starts = z.new_empty(_LONGEST, *z.shape) if self.problem.keep is None else None
+        """See `iterate.Programs`."""
+        figures, starts = self._room(z, len(watched.live))
         numbers = (torch.tensor([x]) for x in (min(most, _LONGEST), before, memory.made))
         apart = _apart((self.given, z, slope, memory.states, memory.buffers, watched, ends))
-        turn, z, slope, states, watched, ends = self.call(*apart, *numbers, figures, starts)
-        made = int(turn)
-        memory = Memory(memory.made + made, states, memory.buffers)
-        return Stretch(made, z, slope, memory, Watched(*watched), Ends(*ends), figures, starts)
+        turn, *found = self.further(*apart, *numbers, figures, starts)
+        return _stretch(int(turn), memory.made, memory.buffers, found, figures, starts)
+
+    def _room(self, z: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+        kept = z.new_empty(_LONGEST, *z.shape) if self.problem.keep is None else None
+        return z.new_empty(_LONGEST, groups), kept
+
+
+def _stretch(steps: int, made: int, buffers, found, figures: Tensor, starts: Tensor | None) -> Stretch:
+    z, slope, states, watched, ends = found
+    memory = Memory(made + steps, states, buffers)
+    return Stretch(steps, z, slope, memory, Watched(*watched), Ends(*ends), figures, starts)
 
 
 def _apart(arguments: tuple) -> list:
@@ -156,16 +190,49 @@ def _apart(arguments: tuple) -> list:
     return pytree.tree_unflatten(leaves, tree)
 
 
+def _opening(iterate: Iterate, excess: Callable, z, slope, most, figures, starts):
+    """Traced: the start, and the loop."""
+    termination, groups = iterate.termination, figures.shape[1]
+    outset = first, size, largest, limit = _termination.outset(termination, iterate.joint, z, slope)
+    started = _termination.held_to(termination, size, largest) or (None, None)
+    watched = Watched(_iterate.setting_out(first, termination), first, limit, *started)
+    memory = iterate.solver.start(z, slope)
+    lasts = iterate.solver.lasts(memory)
+    most = most if lasts is None else most.clamp(max=lasts)
+    ends = Ends(most.new_zeros(groups), first, z, z)
+    going = (watched.live.any() & first.isfinite().all())[None]
+    loop = most, 0, -1, figures, starts, going
+    turn, *found = _steps(iterate, excess, z, slope, memory.states, memory.buffers, watched, ends, *loop)
+    *_, watched, ends = found
+    unsettled = (watched.live | ~(Ends(*ends).last <= termination.tolerance)).any()[None]
+    return torch.cat([turn, unsettled.to(turn.dtype)]), outset, memory.buffers, *found
+
+
 def _steps(
-    iterate: Iterate, excess: Callable, z, slope, states, buffers, watched, ends, most, before, first, figures, starts
+    iterate: Iterate,
+    excess: Callable,
+    z,
+    slope,
+    states,
+    buffers,
+    watched,
+    ends,
+    most,
+    before,
+    first,
+    figures,
+    starts,
+    going=None,
 ):
     """Traced: the loop.
 
     Args:
         excess: (which step of all, a state) -> f(z) - z.
         most, before, first: how many steps may be made, were made, and `Memory.made`, [1] each.
+        going: whether it is entered, [1].
     """
     termination, count = iterate.termination, len(states)
+    going = torch.ones_like(most, dtype=torch.bool) if going is None else going
 
     def more(turn, going, *carried):
         return ((turn < most) & going).squeeze(0)
@@ -184,7 +251,7 @@ def _steps(
         return turn + 1, (after.live.any() & ~lost.any())[None], *(x.clone() for x in found)
 
     given = z, slope, watched.live, watched.least, *states, *ends
-    carried = torch.zeros_like(most), torch.ones_like(most, dtype=torch.bool), *(x.clone() for x in given)
+    carried = torch.zeros_like(most), going.clone(), *(x.clone() for x in given)
     overwritten = buffers, figures, *(() if starts is None else (starts,))
     turn, _, z, slope, live, least, *rest = overwriting_loop(more, step, carried, overwritten)
     return turn, z, slope, tuple(rest[:count]), watched._replace(live=live, least=least), tuple(rest[count:])
