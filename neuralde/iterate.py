@@ -235,7 +235,7 @@ class _Iterating:
         self.taken: list[Taken] = []
         if slope is not None:
             self.z, self.slope = z0, slope.to(z0.dtype)
-            self.memory = None if steps is None else self.solver.start(self.z, self.slope)
+            self.memory = None if steps is None else self.solver.start(z0, self.slope, self.solver.blank(z0))
             self.rest.begin(z0, self.slope)
         else:
             opening = steps.opening(z0, self._most())

@@ -154,7 +154,8 @@ class _Steps:
         groups, most = 1 if self.problem.joint else len(z0), min(most, _LONGEST)
         figures, starts = self._room(z0, groups)
         given, z = _apart((self.given, z0))
-        said, outset, buffers, *found = self.first(given, z, torch.tensor([most]), figures, starts)
+        buffers = self.problem.solver.blank(z0)
+        said, outset, *found = self.first(given, z, buffers, torch.tensor([most]), figures, starts)
         made, unsettled = said.tolist()
         return Opening(outset, _stretch(made, -1, buffers, found, figures, starts), not unsettled)
 
@@ -190,22 +191,22 @@ def _apart(arguments: tuple) -> list:
     return pytree.tree_unflatten(leaves, tree)
 
 
-def _opening(iterate: Iterate, excess: Callable, z, slope, most, figures, starts):
+def _opening(iterate: Iterate, excess: Callable, z, slope, buffers, most, figures, starts):
     """Traced: the start, and the loop."""
     termination, groups = iterate.termination, figures.shape[1]
     outset = first, size, largest, limit = _termination.outset(termination, iterate.joint, z, slope)
     started = _termination.held_to(termination, size, largest) or (None, None)
     watched = Watched(_iterate.setting_out(first, termination), first, limit, *started)
-    memory = iterate.solver.start(z, slope)
+    memory = iterate.solver.start(z, slope, buffers)
     lasts = iterate.solver.lasts(memory)
     most = most if lasts is None else most.clamp(max=lasts)
     ends = Ends(most.new_zeros(groups), first, z, z)
     going = (watched.live.any() & first.isfinite().all())[None]
     loop = most, 0, -1, figures, starts, going
-    turn, *found = _steps(iterate, excess, z, slope, memory.states, memory.buffers, watched, ends, *loop)
+    turn, *found = _steps(iterate, excess, z, slope, memory.states, buffers, watched, ends, *loop)
     *_, watched, ends = found
     unsettled = (watched.live | ~(Ends(*ends).last <= termination.tolerance)).any()[None]
-    return torch.cat([turn, unsettled.to(turn.dtype)]), outset, memory.buffers, *found
+    return torch.cat([turn, unsettled.to(turn.dtype)]), outset, *found
 
 
 def _steps(

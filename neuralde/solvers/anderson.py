@@ -46,11 +46,14 @@ class Anderson(Iteration):
                 raise ValueError(f"regularization must be positive and finite, got {regularization}")
         self.regularization = regularization
 
-    def start(self, z: Tensor, slope: Tensor) -> Memory:
-        """See `Iteration.start`: no difference yet, from which follows a plain step."""
+    def blank(self, z: Tensor) -> tuple[Tensor, ...]:
+        """See `Iteration.blank`: no difference yet, from which follows a plain step."""
         batch, features = z.shape
-        room = tuple(z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
-        return Memory(-1, (torch.add(z, slope, alpha=self.beta), slope), room)
+        return tuple(z.new_zeros(batch, self.m, n) for n in (features, features, self.m))
+
+    def start(self, z: Tensor, slope: Tensor, buffers: tuple[Tensor, ...]) -> Memory:
+        """See `Iteration.start`."""
+        return Memory(-1, (torch.add(z, slope, alpha=self.beta), slope), buffers)
 
     def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """See `Iteration.move`.
@@ -61,7 +64,7 @@ class Anderson(Iteration):
         ones.
         """
         if memory is None:
-            memory = self.start(z, slope)
+            memory = self.start(z, slope, self.blank(z))
             return Move(memory.states[0], Memory(0, memory.states, memory.buffers))
         plain = torch.add(z, slope, alpha=self.beta)
         (before, last), (slopes, moves, gram) = memory.states, memory.buffers

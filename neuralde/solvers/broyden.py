@@ -43,10 +43,13 @@ class Broyden(Iteration):
         if line_search:
             self.calls_per_step = None
 
-    def start(self, z: Tensor, slope: Tensor) -> Memory:
+    def blank(self, z: Tensor) -> tuple[Tensor, ...]:
+        """See `Iteration.blank`."""
+        return tuple(z.new_zeros(len(z), min(_ROOM, self.m), z.shape[1]) for _ in range(2))
+
+    def start(self, z: Tensor, slope: Tensor, buffers: tuple[Tensor, ...]) -> Memory:
         """See `Iteration.start`: what led to z changed nothing, and H = -I would go on by slope."""
-        left, right = (z.new_zeros(len(z), min(_ROOM, self.m), z.shape[1]) for _ in range(2))
-        return Memory(-1, (z, slope, slope), (left, right))
+        return Memory(-1, (z, slope, slope), buffers)
 
     def lasts(self, memory: Memory) -> int | None:
         """See `Iteration.lasts`."""
@@ -70,7 +73,7 @@ class Broyden(Iteration):
         [batch, room, features], 0 where there are none yet. The room grows with the steps.
         """
         if memory is None:
-            step, start = slope, self.start(z, slope)
+            step, start = slope, self.start(z, slope, self.blank(z))
             memory = Memory(0, start.states, start.buffers)
         else:
             step, memory = self._updated(z, slope, memory)

@@ -71,11 +71,15 @@ class Iteration(Solver):
         move = self.move(lambda x: there(f(back(x))), there(z), there(slope), memory)
         return Move(back(move.z), move.memory, None if move.slope is None else back(move.slope), move.work)
 
-    def start(self, z: Tensor, slope: Tensor) -> Memory | None:
+    def blank(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The buffers of the memory at the start, for states like z, [batch, features]."""
+        return ()
+
+    def start(self, z: Tensor, slope: Tensor, buffers: tuple[Tensor, ...]) -> Memory | None:
         """A memory from which the first move is made as any other; None where only the first move itself makes one.
 
         Args:
-            z, slope: as `move` is given them.
+            z, slope: as `move` is given them. buffers: of `blank`.
         """
         return None
 
@@ -224,9 +228,9 @@ class FixedPoint(Iteration):
         """dt."""
         return self.damping
 
-    def start(self, z: Tensor, slope: Tensor) -> Memory:
+    def start(self, z: Tensor, slope: Tensor, buffers: tuple[Tensor, ...]) -> Memory:
         """See `Iteration.start`."""
-        return Memory(-1, (), ())
+        return Memory(-1, (), buffers)
 
     def move(self, f, z: Tensor, slope: Tensor, memory: Memory | None) -> Move:
         """See `Iteration.move`."""
