@@ -16,6 +16,7 @@ from .discover import discover
 from .equations import Coefficients
 from .field import full_precision
 from .findings import Finding, findings
+from .iterate import applies, iterate
 from .problem import Problem
 from .seen import seen
 from .solution import Solution
@@ -40,6 +41,7 @@ class LayerDiagnosis:
         steps_per_time: accepted steps per unit of t, [batch].
         hardest: the samples that needed most evaluations, the hardest first, at most 5, [samples].
         error_ratio: median over the accepted steps, or None.
+        contraction: of an iteration, the median ratio of successive residuals, or None.
         stability: median over the accepted steps of |dt|·stiffness over the method's stability size: near 1, stability
             limits the step. None for a method that has none.
         seconds: of one forward solve, not compiled and without gradients; f_share: the part of it that f took.
@@ -55,6 +57,7 @@ class LayerDiagnosis:
     steps_per_time: Tensor
     hardest: Tensor
     error_ratio: float | None
+    contraction: float | None
     stability: float | None
     seconds: float
     f_share: float
@@ -69,13 +72,18 @@ class LayerDiagnosis:
         return {"solver": self.solution.solver.name, "samples": len(self.solution.status), **given}
 
     def __str__(self) -> str:
-        nfe = self.solution.stats.nfe
+        nfe, steady = self.solution.stats.nfe, self.solution.residual is not None
+        rate = "" if steady else f"; {self.steps_per_time.mean():.3g} per unit of t"
         lines = [
             f"{self.name or 'layer'}: {self.solution.solver.name}, {len(nfe)} samples",
             f"  evaluations of f       {self.nfe:.1f} per sample ({int(nfe.min())} to {int(nfe.max())})",
-            f"  steps                  {self.accepted:.1f} accepted, {self.rejected:.1f} rejected; "
-            f"{self.steps_per_time.mean():.3g} per unit of t",
+            f"  steps                  {self.accepted:.1f} accepted, {self.rejected:.1f} rejected{rate}",
         ]
+        if steady:
+            residual, within = float(self.solution.residual.max()), self.solution.termination.tolerance
+            lines.append(f"  residual               {residual:.2g} at most (at rest up to {within:.2g})")
+        if self.contraction is not None:
+            lines.append(f"  median contraction     {self.contraction:.2g} per step")
         if self.error_ratio is not None:
             lines.append(f"  median error ratio     {self.error_ratio:.2g} (rejected above 1)")
         if self.stability is not None:
@@ -220,8 +228,10 @@ def _timed(problem: Problem, z0: Tensor) -> tuple[float, float]:
         field.equation = equation
         began = _now(z0.device)
         with full_precision(z0.device):
-            p = dataclasses.replace(problem, field=field, compile=False, observer=None)
-            discover(p, z0, field.first(p.first_instant, z0, p.end))
+            rest = copy.copy(problem.rest)  # the solution goes on using its own
+            p = dataclasses.replace(problem, field=field, compile=False, observer=None, rest=rest)
+            slope = field.first(p.first_instant, z0, p.elsewhere)
+            iterate(p, z0, slope) if applies(p) else discover(p, z0, slope)
         seconds = _now(z0.device) - began
         found.append((seconds, sum(part.seconds for part in timed) / seconds))
     return min(found)
@@ -250,7 +260,7 @@ def _closer(solution: Solution) -> tuple[Solution, str | None]:
 
 def _look(name: str, solution: Solution) -> LayerDiagnosis:
     closer, how = _closer(solution)
-    stats, steps, near = solution.stats, solution.steps, closer.steps
+    stats, steps, near, discrete = solution.stats, solution.steps, closer.steps, solution.solver.discrete
     length = (solution.t_end - solution._problem.start).abs().clamp(min=torch.finfo(solution.ts.dtype).tiny)
     nfe = closer.stats.nfe
     stability = None
@@ -265,7 +275,8 @@ def _look(name: str, solution: Solution) -> LayerDiagnosis:
         rejected=stats.rejected.double().mean().item(),
         steps_per_time=stats.accepted / length,
         hardest=nfe.argsort(descending=True, stable=True)[:5],
-        error_ratio=None if steps.error is None else _median(steps.error[steps.mask]),
+        error_ratio=None if discrete or steps.error is None else _median(steps.error[steps.mask]),
+        contraction=_median(steps.stiffness[steps.mask]) if discrete else None,
         stability=None if stability is None else _median(stability[near.mask]),
         seconds=seconds,
         f_share=share,

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import functools
+import inspect
 import sys
 import types
 import weakref
@@ -166,6 +167,7 @@ class Field:
         try:
             slope, everything = self._checked(self.times(t)[0], z)
         except Exception as error:
+            self._tell_of_the_signature(error)
             self._tell_of_a_missing_batch(error)
             raise
         if _version(z) != version:
@@ -180,6 +182,24 @@ class Field:
             self._check_independence(t, z.detach(), everything.detach(), t_other)
         self.fill(t, z)
         return slope
+
+    def _tell_of_the_signature(self, error: Exception):
+        """Says how f is called, where it can't be called like that."""
+        f = self.given
+        if not isinstance(error, TypeError) or not callable(f):
+            return
+        given = (["t"] if self.equation.takes_time else []) + ["z"] + ([] if self.args is None else ["args"])
+        try:
+            signature = inspect.signature(f.forward if isinstance(f, nn.Module) else f)
+        except (TypeError, ValueError):  # it has none
+            return
+        try:
+            signature.bind(*given)
+        except TypeError as cause:
+            raise TypeError(
+                f"f is called as f({', '.join(given)}), and its signature is {signature}: {cause}. What args is given "
+                "(the x of a DeepEquilibrium) is f's last argument; without args, f gets none"
+            ) from error
 
     def _tell_of_a_missing_batch(self, error: Exception):
         """Adds to an error of f on a z0 of one dimension what that means: each of its numbers is a sample."""

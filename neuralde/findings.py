@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import Status
 from .retrace import every_state
 from .solution import Solution
+from .unsettled import advice as unsettled_advice
 
 if TYPE_CHECKING:
     from .diagnose import LayerDiagnosis
@@ -40,6 +41,9 @@ ACCURACY, FAR_FROM_STIFF, TIGHT_RTOL, TIGHT_STEPS = 0.05, 0.25, 1e-7, 100
 # float32's error estimates may be rounding noise where rtol is below a hundred times its precision eps, and are where
 # the median error ratio is below some times eps / rtol, the ratio that rounding alone makes.
 NOISE, NOISY_RATIO = 100.0, 3.0
+# A map hardly contracts where a step leaves more than so much of the residual. A steady state takes many evaluations
+# where it takes more than so many.
+SLOW_MAP, MANY_EVALUATIONS = 0.8, 30
 # What stands around f decides, where f takes less than half of the time.
 OVERHEAD = 0.5
 
@@ -50,7 +54,7 @@ class Finding:
 
     Attributes:
         kind: "failed", "stiff", "jump", "rejections", "transient", "slow samples", "tolerance", "precision",
-            "overhead".
+            "overhead"; of steady states also "contraction" and "depth".
         what: the observation, with its numbers. advice: what it suggests.
     """
 
@@ -66,6 +70,14 @@ def findings(layer: LayerDiagnosis, closer: Solution, crowding: Tensor | None) -
         layer: the diagnosis, without findings. closer: the solve that tells samples apart, see there.
         crowding: |dt|·stiffness over the stability size of every accepted step of `closer`, or None.
     """
+    if layer.solution.residual is not None:
+        return [
+            *_unsettled(layer),
+            *_contraction(layer),
+            *_depth(layer),
+            *_slow_samples(layer, layer.solution),
+            *_overhead(layer),
+        ]
     stiff, rejections = _stiff(layer, crowding), _rejections(layer, closer)
     jumps = any(finding.kind == "jump" for finding in rejections)
     return [
@@ -78,6 +90,43 @@ def findings(layer: LayerDiagnosis, closer: Solution, crowding: Tensor | None) -
         *_precision(layer),
         *_overhead(layer),
     ]
+
+
+def _unsettled(layer: LayerDiagnosis) -> list[Finding]:
+    """As `_failed`, of a solve for a steady state, whose message says more."""
+    found, solution = _failed(layer), layer.solution
+    if not found:
+        return []
+    p = solution._problem
+    b = int((~solution.converged).nonzero()[0])
+    at_end = bool((solution.t_end >= p.end)[b])
+    how = unsettled_advice(
+        Status(int(solution.status[b])), float(solution.residual[b]), at_end, p.rest.termination, p.solver
+    )
+    return [Finding("failed", found[0].what, how)]
+
+
+def _contraction(layer: LayerDiagnosis) -> list[Finding]:
+    ratio, name = layer.contraction, layer.solution.solver.name
+    if ratio is None or ratio <= SLOW_MAP or layer.accepted < PENALTY_STEPS:
+        return []
+    what = f"a step of {name} leaves {100 * ratio:.0f} % of the residual"
+    better = "" if name != "fixed_point" else "take solver='anderson' or 'broyden'; or "
+    penalty = "make the map flatter where it ends (reg.EquilibriumJacobian, reg.Contraction)"
+    return [Finding("contraction", what, better + penalty)]
+
+
+def _depth(layer: LayerDiagnosis) -> list[Finding]:
+    if layer.nfe < MANY_EVALUATIONS:
+        return []
+    solver = layer.solution.solver
+    what = f"{layer.nfe:.0f} evaluations of f to come to rest"
+    near = "begin nearer: initial=a Module of x, or 'first_step', with the penalty reg.Skip"
+    if solver.discrete:
+        return [Finding("depth", what, near)]
+    per_step = layer.nfe / max(layer.accepted + layer.rejected, 1.0)
+    what += f", {per_step:.1f} a step of {solver.name}"
+    return [Finding("depth", what, f"an iteration takes one a step: solver='anderson' or 'broyden'; or {near}")]
 
 
 def _failed(layer: LayerDiagnosis) -> list[Finding]:
@@ -205,9 +254,7 @@ def _overhead(layer: LayerDiagnosis) -> list[Finding]:
         return []
     what = f"f takes {100 * layer.f_share:.0f} % of the solve; the rest stands around it"
     advice = "larger batches; on the CPU torch.set_num_threads(1) for small states"
-    if layer.solution.residual is None:
-        advice += ", and a compiled solve: nde.compile(layer)"
-    return [Finding("overhead", what, advice)]
+    return [Finding("overhead", what, f"{advice}, and a compiled solve: nde.compile(layer)")]
 
 
 def find_jump(solution: Solution, sample: int) -> tuple[float, bool] | None:

@@ -54,7 +54,7 @@ def unsettled(
     count = "the batch" if joint else f"{len(failed)} of {len(status)} samples"
     bounded = (t >= end)[failed].tolist()
     said = [
-        f"{kind.name.lower()}: {_advice(kind, left, at_end, termination, solver)}"
+        f"{kind.name.lower()}: {advice(kind, left, at_end, termination, solver)}"
         for kind, left, at_end in zip(kinds, columns[0], bounded, strict=True)
     ]
     limit = f"converged up to {tolerance:.3g}" if tolerance > 0.0 else "steps unrolled"
@@ -69,7 +69,7 @@ def unsettled(
     return error
 
 
-def _advice(kind: Status, residual: float, at_end: bool, termination: Termination, solver: Solver) -> str:
+def advice(kind: Status, residual: float, at_end: bool, termination: Termination, solver: Solver) -> str:
     """What happened to a sample, and what to try: never the solver in use."""
     if kind is Status.NON_FINITE:
         return _NON_FINITE

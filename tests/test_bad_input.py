@@ -332,6 +332,29 @@ def test_args_for_an_autonomous_f(f):
         solve(equation=nde.ODE(f), args=torch.ones(3, 1))
 
 
+@pytest.mark.parametrize(
+    ("equation", "args", "called"),
+    [
+        (nde.ODE(lambda t, z, x: -z), None, "f(t, z)"),
+        (nde.ODE(lambda t, z: -z), torch.ones(3, 1), "f(t, z, args)"),
+        (nde.SteadyState(lambda z, x: 0.5 * z), None, "f(z)"),
+        (nde.SteadyState(lambda t, z, x: 0.5 * z), torch.ones(3, 1), "f(z, args)"),
+        (nde.SteadyState(torch.nn.Linear(1, 1)), torch.ones(3, 1), "f(z, args)"),
+    ],
+)
+def test_an_f_that_takes_other_arguments(equation, args, called):
+    with refused(TypeError, f"f is called as {called}", "its signature is", "args"):
+        nde.solve(equation, torch.ones(3, 1), None if isinstance(equation, nde.SteadyState) else (0.0, 1.0), args=args)
+
+
+def test_an_error_of_fs_own_is_its_own():
+    def f(t, z):
+        return z + "a"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        solve(equation=nde.ODE(f))
+
+
 # -- what comes after the solve ------------------------------------------------------------------------------------
 
 

@@ -134,6 +134,42 @@ def test_the_right_advice(trouble):
         assert any(word in finding.advice for finding in found.findings), str(found)
 
 
+class Contracting(torch.nn.Module):
+    """z -> rate·z + x."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, z, x):
+        return self.rate * z + x
+
+
+@pytest.mark.parametrize(
+    ("rate", "how", "expected", "words", "shown"),
+    [
+        (0.3, {"solver": "fixed_point"}, [], [], ["median contraction", "residual"]),
+        (0.97, {"solver": "fixed_point"}, ["contraction", "depth"], ["anderson", "reg.Skip"], ["median contraction"]),
+        (0.9, {"solver": "tsit5"}, ["depth"], ["solver='anderson'", "reg.Skip"], ["residual"]),
+        (0.9, {"solver": "fixed_point", "max_steps": 9}, ["failed", "contraction"], ["raise max_steps"], ["MAX_STEPS"]),
+        (2.0, {"solver": "fixed_point"}, ["failed", "contraction"], ["the map expands"], ["DIVERGED"]),
+        (0.5, {"solver": "fixed_point", "control": "joint"}, [], [], ["median contraction"]),
+        (0.9, {"solver": "tsit5", "control": "joint"}, ["depth"], ["solver='anderson'"], ["residual"]),
+    ],
+)
+def test_a_steady_state(rate, how, expected, words, shown):
+    absolute = nde.Termination("absolute", atol=1e-3)
+    layer = nde.DeepEquilibrium(Contracting(rate), on_failure="ignore", termination=absolute, **how)
+    found = nde.diagnose(layer, torch.ones(4, 2, dtype=torch.float64), show=False)
+    assert set(expected) <= set(kinds(found)) <= {*expected, "depth"}, str(found)
+    assert all(any(word in finding.advice for finding in found.findings) for word in words), str(found)
+    assert all(word in str(found) for word in shown), str(found)
+    assert "error ratio" not in str(found) or how["solver"] == "tsit5"
+    assert "per unit of t" not in str(found)
+    contraction = found.summary()[0]["contraction"]
+    assert contraction is None if how["solver"] == "tsit5" else contraction == pytest.approx(rate, rel=1e-3)
+
+
 def test_the_advice_helps():
     """Each piece of it, followed: fewer evaluations at the same tolerance."""
     cases = [
