@@ -94,10 +94,12 @@ class NotConverged(NeuralDEError):
     Attributes:
         residual: per failed sample, list of float: the least residual, as the termination's mode measures it.
         tolerance: what it was compared with.
+        status: per failed sample, list of `Status`.
     """
 
     residual: list[float]
     tolerance: float
+    status: list[Status]
 
 
 class SolveWarning(UserWarning):

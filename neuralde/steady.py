@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+import weakref
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from .adjoints import Adjoint
 from .control import StepControl
 from .equations import SteadyState
 from .equilibrium import Equilibrium
-from .errors import NeuralDEError, SolveWarning, Status
+from .errors import NeuralDEError, NotConverged, SolveWarning, Status, number
 from .field import Field, full_precision
 from .problem import Problem
 from .solvers import Solver
@@ -165,4 +166,21 @@ def _report(problem: Problem, trajectory, on_failure: str):
     error = unsettled(*figures, rest.termination, problem.joint, problem.solver, precision)
     if on_failure == "raise":
         raise error
-    warnings.warn(str(error), SolveWarning, stacklevel=5)
+    warnings.warn(_told(problem.field.given, error), SolveWarning, stacklevel=5)
+
+
+_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of what kinds of failure the user of an f knows
+
+
+def _told(f, error: NotConverged) -> str:
+    """The whole message, or its first line where all of its advice was given before: a training has many steps."""
+    kinds = set(error.status)
+    try:
+        told = _TOLD.setdefault(f, set())
+    except TypeError:  # can't be referred to weakly
+        return str(error)
+    if not kinds <= told:
+        told |= kinds
+        return str(error)
+    first = str(error).partition("\n")[0]
+    return f"{first.removesuffix('.')}; residual up to {number(max(error.residual))}. (What to try was said before.)"

@@ -65,7 +65,7 @@ def unsettled(
         failed,
         columns[1],
     )
-    error.residual, error.tolerance = columns[0], tolerance
+    error.residual, error.tolerance, error.status = columns[0], tolerance, kinds
     return error
 
 

@@ -316,3 +316,21 @@ def test_joint_control_fails_as_one(solver):
             equation, torch.zeros(3, 1, dtype=D), **options(solver, dt0=0.5), control="joint", max_steps=300
         )
     assert solution.status.tolist() == [Status.DIVERGED] * 3
+
+
+def test_advice_is_given_once():
+    """A training warns at every step: the numbers are of the step, what to try stays the same."""
+
+    def f(z):
+        return 2.0 * z + 1.0
+
+    def warned(max_steps):
+        with pytest.warns(nde.SolveWarning) as caught:
+            nde.solve(nde.SteadyState(f), torch.zeros(3, 1, dtype=D), solver="fixed_point", max_steps=max_steps)
+        return str(caught[0].message)
+
+    first, again, other, known = warned(3), warned(4), warned(100), warned(3)
+    assert "raise max_steps" in first and "sample 0" in first
+    assert "\n" not in again and "3 of 3 samples" in again and "residual up to 1" in again and "before" in again
+    assert "diverged" in other and "start nearer" in other
+    assert "\n" not in known
