@@ -1,4 +1,7 @@
-"""Weights that are computed (torch.nn.utils.parametrize: weight and spectral norms), once for many evaluations of f."""
+"""Weights that are computed (weight and spectral norms), once for many evaluations of f.
+
+Those of torch.nn.utils.parametrize, and of the older torch.nn.utils.weight_norm and spectral_norm, which are hooks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import contextlib
 import functools
 from collections.abc import Callable
 
+from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .field import modules
 
@@ -23,21 +29,48 @@ def once(f, still: bool = False):
             in training mode makes a step of its power iteration at every use. They are computed again all the same: a
             backward pass may have freed the graph of the solve's.)
     """
-    found = [m for m in modules(f) if parametrize.is_parametrized(m)]
-    if not found:
+    used = modules(f)
+    found, hooked = [m for m in used if parametrize.is_parametrized(m)], [m for m in used if _normed(m)]
+    if not (found or hooked):
         yield
         return
-    with parametrize.cached(), _untrained(found) if still else contextlib.nullcontext():
+    parts = [part for m in found for part in m.parametrizations.modules()]
+    with parametrize.cached(), _untrained(parts) if still else contextlib.nullcontext():
         for module in found:
             for name in module.parametrizations:
                 getattr(module, name)
-        yield
+        with contextlib.ExitStack() as stack:
+            for module in hooked:
+                stack.enter_context(_hooked_once(module, still))
+            yield
+
+
+def _normed(m: nn.Module) -> list:
+    """The hooks of a module that compute its weights."""
+    return [hook for hook in m._forward_pre_hooks.values() if isinstance(hook, SpectralNorm | WeightNorm)]
 
 
 @contextlib.contextmanager
-def _untrained(found: list):
-    """The parametrizations of these modules in eval mode."""
-    training = [part for m in found for part in m.parametrizations.modules() if part.training]
+def _hooked_once(module: nn.Module, still: bool):
+    """The hooks are called, and rest in here."""
+    hooks, norms = dict(module._forward_pre_hooks), _normed(module)
+    with _untrained([module]) if still else contextlib.nullcontext():
+        for hook in norms:
+            hook(module, None)
+    for key, hook in hooks.items():
+        if any(hook is norm for norm in norms):
+            del module._forward_pre_hooks[key]
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(hooks)
+
+
+@contextlib.contextmanager
+def _untrained(parts: list[nn.Module]):
+    """These modules in eval mode."""
+    training = [part for part in parts if part.training]
     for part in training:
         part.training = False
     try:

@@ -420,6 +420,39 @@ def test_norms_of_weights_are_computed_once_per_solve(norm):
     assert made == 2
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_norms_that_are_hooks_are_computed_once_too(norm, monkeypatch):
+    f, x, made = Block(normed=norm).double(), inputs(torch.float64), 0
+    (hook,) = f.w._forward_pre_hooks.values()
+    compute = type(hook).compute_weight
+
+    def counted(self, *args, **how):
+        nonlocal made
+        made += 1
+        return compute(self, *args, **how)
+
+    monkeypatch.setattr(type(hook), "compute_weight", counted)
+    layer = nde.DeepEquilibrium(f, solver="fixed_point", max_steps=5000, rtol=1e-10, atol=1e-10)
+    z = layer(x)
+    assert made == 1 and f.calls > 10
+    weight = f.w.weight.detach().clone()
+    computed = {name: p for name, p in f.named_parameters() if name.startswith("w.weight")}
+    gradients = torch.autograd.grad(z.sum(), computed.values())
+    assert made == 1 and all(bool(g.abs().max() > 0) for g in gradients)
+    buffers = {name: b.clone() for name, b in f.named_buffers()}
+    reg.EquilibriumJacobian()(layer).backward()
+    assert made == 2 and torch.equal(f.w.weight, weight) and f.w.training
+    assert all(torch.equal(b, buffers[name]) for name, b in f.named_buffers())
+    assert list(f.w._forward_pre_hooks.values()) == [hook]
+    # The same steady state and gradients as with the weight as it was.
+    plain = Block().double()
+    plain.load_state_dict(
+        {"w.weight": weight, "w.bias": f.w.bias, **{k: v for k, v in f.state_dict().items() if "w." not in k}}
+    )
+    close(nde.DeepEquilibrium(plain, solver="fixed_point", max_steps=5000, rtol=1e-10, atol=1e-10)(x), z, 1e-8)
+
+
 def test_no_gradient_no_tape():
     f, x = Block(), inputs()
     layer = nde.DeepEquilibrium(f, solver="fixed_point")
