@@ -80,8 +80,12 @@ class LayerDiagnosis:
             f"  steps                  {self.accepted:.1f} accepted, {self.rejected:.1f} rejected{rate}",
         ]
         if steady:
-            residual, within = float(self.solution.residual.max()), self.solution.termination.tolerance
-            lines.append(f"  residual               {residual:.2g} at most (at rest up to {within:.2g})")
+            residual, within = self.solution.residual, self.solution.termination.tolerance
+            known = residual[residual.isfinite()]
+            rest = f" (at rest up to {within:.2g})" if within > 0.0 else ""
+            most = f"{float(known.max()):.2g} at most" if len(known) else "not finite"
+            others = f", of {len(known)} samples that have one" if 0 < len(known) < len(residual) else ""
+            lines.append(f"  residual               {most}{rest}{others}")
         if self.contraction is not None:
             lines.append(f"  median contraction     {self.contraction:.2g} per step")
         if self.error_ratio is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adjoints.base import Outcome
 from .graph import without_gradient
+from .outputs import Outputs
 from .problem import Problem
 from .solution import Solution, Statistics, Steps
 from .termination import kept
@@ -78,20 +79,12 @@ class Equilibrium(Solution):
     """
 
     def __init__(self, problem: Problem, outcome: Outcome, z0_flat: Tensor):
-        self._begin(problem, outcome, z0_flat)
-        self._stopped, self._held, self.events = None, None, []
-        self.residual = problem.rest.residual.expand(problem.field.layout.batch)
+        batch = problem.field.layout.batch
+        ts = torch.stack([x.expand(batch) for x in (problem.start, outcome.trajectory.reached)])
+        super().__init__(problem, outcome, ts, Outputs(torch.stack([z0_flat, outcome.final]), [], None, None), z0_flat)
+        self.residual = problem.rest.residual.expand(batch)
         self.termination = problem.rest.termination
         self.before = 0
-
-    @functools.cached_property
-    def ts(self) -> Tensor:  # noqa: D102  (documented in the class)
-        batch = self._problem.field.layout.batch
-        return torch.stack([x.expand(batch) for x in (self._problem.start, self._outcome.trajectory.reached)])
-
-    @functools.cached_property
-    def zs(self):  # noqa: D102
-        return self._problem.field.layout.unpack(torch.stack([self._z0, self._outcome.final]))
 
     @property
     def stats(self) -> Statistics:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import transforms
-from .equations import ODE, SDE
+from .equations import ODE, SDE, Coefficients
 from .graph import behind
 from .state import Layout
 
@@ -185,21 +185,23 @@ class Field:
 
     def _tell_of_the_signature(self, error: Exception):
         """Says how f is called, where it can't be called like that."""
-        f = self.given
-        if not isinstance(error, TypeError) or not callable(f):
+        if not isinstance(error, TypeError):
             return
         given = (["t"] if self.equation.takes_time else []) + ["z"] + ([] if self.args is None else ["args"])
-        try:
-            signature = inspect.signature(f.forward if isinstance(f, nn.Module) else f)
-        except (TypeError, ValueError):  # it has none
-            return
-        try:
-            signature.bind(*given)
-        except TypeError as cause:
-            raise TypeError(
-                f"f is called as f({', '.join(given)}), and its signature is {signature}: {cause}. What args is given "
-                "(the x of a DeepEquilibrium) is f's last argument; without args, f gets none"
-            ) from error
+        f = self.given
+        noisy = isinstance(f, Coefficients)
+        for name, part in [("drift", f.drift), ("diffusion", f.diffusion)] if noisy else [("f", f)]:
+            try:
+                signature = inspect.signature(part.forward if isinstance(part, nn.Module) else part)
+            except (TypeError, ValueError):  # it has none
+                continue
+            try:
+                signature.bind(*given)
+            except TypeError as cause:
+                raise TypeError(
+                    f"{name} is called as {name}({', '.join(given)}), and its signature is {signature}: {cause}. What "
+                    f"args is given (a layer's x) is {name}'s last argument; without args, it gets none"
+                ) from error
 
     def _tell_of_a_missing_batch(self, error: Exception):
         """Adds to an error of f on a z0 of one dimension what that means: each of its numbers is a sample."""

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import compiled
 from .errors import Status
 from .retrace import every_state
 from .solution import Solution
+from .termination import Unrolled
 from .unsettled import advice as unsettled_advice
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def findings(layer: LayerDiagnosis, closer: Solution, crowding: Tensor | None) -
     stiff, rejections = _stiff(layer, crowding), _rejections(layer, closer)
     jumps = any(finding.kind == "jump" for finding in rejections)
     return [
-        *_failed(layer),
+        *_failed(layer, ~layer.solution.converged),
         *stiff,
         *rejections,
         *([] if jumps else _transient(layer, closer)),
@@ -94,11 +96,13 @@ def findings(layer: LayerDiagnosis, closer: Solution, crowding: Tensor | None) -
 
 def _unsettled(layer: LayerDiagnosis) -> list[Finding]:
     """As `_failed`, of a solve for a steady state, whose message says more."""
-    found, solution = _failed(layer), layer.solution
+    solution = layer.solution
+    p = solution._problem
+    lost = ~(solution.usable if isinstance(p.rest.termination, Unrolled) else solution.converged)
+    found = _failed(layer, lost)
     if not found:
         return []
-    p = solution._problem
-    b = int((~solution.converged).nonzero()[0])
+    b = int(lost.nonzero()[0])
     at_end = bool((solution.t_end >= p.end)[b])
     how = unsettled_advice(
         Status(int(solution.status[b])), float(solution.residual[b]), at_end, p.rest.termination, p.solver
@@ -129,8 +133,9 @@ def _depth(layer: LayerDiagnosis) -> list[Finding]:
     return [Finding("depth", what, f"an iteration takes one a step: solver='anderson' or 'broyden'; or {near}")]
 
 
-def _failed(layer: LayerDiagnosis) -> list[Finding]:
-    lost = (~layer.solution.converged).nonzero().flatten()
+def _failed(layer: LayerDiagnosis, which: Tensor) -> list[Finding]:
+    """Args: which: samples that failed, [batch]."""
+    lost = which.nonzero().flatten()
     if not len(lost):
         return []
     kinds = sorted({Status(s).name for s in layer.solution.status[lost].tolist()})
@@ -254,7 +259,9 @@ def _overhead(layer: LayerDiagnosis) -> list[Finding]:
         return []
     what = f"f takes {100 * layer.f_share:.0f} % of the solve; the rest stands around it"
     advice = "larger batches; on the CPU torch.set_num_threads(1) for small states"
-    return [Finding("overhead", what, f"{advice}, and a compiled solve: nde.compile(layer)")]
+    if not compiled.refused(layer.solution._problem):
+        advice += ", and a compiled solve: nde.compile(layer)"
+    return [Finding("overhead", what, advice)]
 
 
 def find_jump(solution: Solution, sample: int) -> tuple[float, bool] | None:

@@ -18,7 +18,7 @@ from .adjoints import Adjoint
 from .control import StepControl
 from .equations import SteadyState
 from .equilibrium import Equilibrium
-from .errors import NeuralDEError, NotConverged, SolveWarning, Status, number
+from .errors import NeuralDEError, NotConverged, SolveWarning, Status
 from .field import Field, full_precision
 from .problem import Problem
 from .solvers import Solver
@@ -169,18 +169,16 @@ def _report(problem: Problem, trajectory, on_failure: str):
     warnings.warn(_told(problem.field.given, error), SolveWarning, stacklevel=5)
 
 
-_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of what kinds of failure the user of an f knows
+_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the advice that the user of an f has had
 
 
 def _told(f, error: NotConverged) -> str:
-    """The whole message, or its first line where all of its advice was given before: a training has many steps."""
-    kinds = set(error.status)
+    """The whole message, or what happened where all of its advice was given before: a training has many steps."""
     try:
         told = _TOLD.setdefault(f, set())
     except TypeError:  # can't be referred to weakly
         return str(error)
-    if not kinds <= told:
-        told |= kinds
+    if not told.issuperset(error.advice):
+        told.update(error.advice)
         return str(error)
-    first = str(error).partition("\n")[0]
-    return f"{first.removesuffix('.')}; residual up to {number(max(error.residual))}. (What to try was said before.)"
+    return f"{error.what}\n(What to try was said before.)"

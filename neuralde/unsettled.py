@@ -58,14 +58,17 @@ def unsettled(
         for kind, left, at_end in zip(kinds, columns[0], bounded, strict=True)
     ]
     limit = f"converged up to {tolerance:.3g}" if tolerance > 0.0 else "steps unrolled"
-    error = NotConverged(
-        f"{count} did not reach a steady state with solver {solver.name!r} (residual by mode {termination.mode!r}, "
-        f"{limit}).\n" + "\n".join(lines) + f"\n{'; '.join(dict.fromkeys(said))}."
-        f"{_of_rounding(columns[0], termination, precision)}",
-        failed,
-        columns[1],
+    what = "\n".join(
+        [
+            f"{count} did not reach a steady state with solver {solver.name!r} (residual by mode {termination.mode!r}, "
+            f"{limit}).",
+            *lines,
+        ]
     )
+    said, noise = dict.fromkeys(said), _of_rounding(columns[0], termination, precision)
+    error = NotConverged(f"{what}\n{'; '.join(said)}.{noise}", failed, columns[1])
     error.residual, error.tolerance, error.status = columns[0], tolerance, kinds
+    error.what, error.advice = what, [*said, noise]
     return error
 
 

@@ -347,6 +347,12 @@ def test_an_f_that_takes_other_arguments(equation, args, called):
         nde.solve(equation, torch.ones(3, 1), None if isinstance(equation, nde.SteadyState) else (0.0, 1.0), args=args)
 
 
+def test_a_drift_that_takes_other_arguments():
+    sde = nde.SDE(lambda t, z, args: -z, lambda t, z: torch.ones_like(z))
+    with refused(TypeError, "drift is called as drift(t, z)", "its signature is"):
+        nde.solve(sde, torch.ones(3, 1), (0.0, 1.0))
+
+
 def test_an_error_of_fs_own_is_its_own():
     def f(t, z):
         return z + "a"

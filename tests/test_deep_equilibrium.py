@@ -453,6 +453,28 @@ def test_norms_that_are_hooks_are_computed_once_too(norm, monkeypatch):
     close(nde.DeepEquilibrium(plain, solver="fixed_point", max_steps=5000, rtol=1e-10, atol=1e-10)(x), z, 1e-8)
 
 
+def test_what_is_looked_at_without_a_tape_has_its_gradient_later():
+    layer = nde.DeepEquilibrium(Block(), solver="anderson")
+    layer(inputs())
+    with torch.no_grad():
+        layer.solution.zs[-1].norm()
+    assert layer.solution.zs.requires_grad and layer.solution.final.requires_grad
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_end_is_the_users_to_change(compile):
+    """Also where a sample starts at rest."""
+    x = torch.ones(2, 3)
+    for f, start in ((lambda z: z, x), (lambda z: 0.5 * z, x)):
+        solution = nde.solve(nde.SteadyState(f), start, solver="fixed_point", compile=compile)
+        end = solution.zs[-1].clone()
+        solution.final.add_(7.0)
+        assert torch.equal(solution.initial, torch.ones(2, 3)) and torch.equal(start, torch.ones(2, 3))
+        assert torch.equal(solution.zs[0], torch.ones(2, 3)) and torch.equal(solution.zs[-1], end)
+        before = solution._problem.rest.before
+        assert before.data_ptr() != solution.final.data_ptr()
+
+
 def test_no_gradient_no_tape():
     f, x = Block(), inputs()
     layer = nde.DeepEquilibrium(f, solver="fixed_point")

@@ -170,6 +170,32 @@ def test_a_steady_state(rate, how, expected, words, shown):
     assert contraction is None if how["solver"] == "tsit5" else contraction == pytest.approx(rate, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("how", "compiles"),
+    [
+        ({"solver": "anderson"}, True),
+        ({"solver": "tsit5"}, True),
+        ({"solver": "newton"}, False),
+        ({"solver": "rodas5p"}, False),
+        ({"solver": "anderson", "t": 100.0}, False),
+    ],
+)
+def test_compilation_is_advised_where_it_is_possible(how, compiles):
+    layer = nde.DeepEquilibrium(Contracting(0.5), **how)
+    found = nde.diagnose(layer, torch.ones(4, 2, dtype=torch.float64), show=False)
+    (advice,) = [x.advice for x in found.findings if x.kind == "overhead"]
+    assert ("nde.compile" in advice) is compiles
+
+
+def test_steady_states_that_were_not_asked_for_or_are_not_finite():
+    x = torch.ones(4, 2, dtype=torch.float64)
+    found = nde.diagnose(nde.DeepEquilibrium(Contracting(0.5), pretrain_depth=3), x, show=False)
+    assert kinds(found) == [] and "at rest" not in str(found)
+    x[1] = float("nan")
+    found = nde.diagnose(nde.DeepEquilibrium(Contracting(0.5), on_failure="ignore"), x, show=False)
+    assert kinds(found)[0] == "failed" and "at most (at rest up to 0.001), of 3 samples" in str(found)
+
+
 def test_the_advice_helps():
     """Each piece of it, followed: fewer evaluations at the same tolerance."""
     cases = [

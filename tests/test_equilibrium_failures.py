@@ -324,13 +324,16 @@ def test_advice_is_given_once():
     def f(z):
         return 2.0 * z + 1.0
 
-    def warned(max_steps):
+    def warned(max_steps, solver="fixed_point", **options):
+        options = {"max_steps": max_steps, "solver": solver, **options}
         with pytest.warns(nde.SolveWarning) as caught:
-            nde.solve(nde.SteadyState(f), torch.zeros(3, 1, dtype=D), solver="fixed_point", max_steps=max_steps)
+            nde.solve(nde.SteadyState(f), torch.zeros(3, 1, dtype=D), **options)
         return str(caught[0].message)
 
-    first, again, other, known = warned(3), warned(4), warned(100), warned(3)
-    assert "raise max_steps" in first and "sample 0" in first
-    assert "\n" not in again and "3 of 3 samples" in again and "residual up to 1" in again and "before" in again
+    first, again, other, known = warned(3), warned(4), warned(100), warned(5)
+    assert "raise max_steps" in first and "sample 0: max_steps after 3 steps" in first
+    assert "sample 2: max_steps after 4 steps, residual = 1" in again and "raise max_steps" not in again
     assert "diverged" in other and "start nearer" in other
-    assert "\n" not in known
+    assert "after 5 steps" in known and "raise max_steps" not in known
+    # What another solver is advised is other advice.
+    assert "Take solver='broyden'" in warned(1, "anderson", termination="absolute")

@@ -10,7 +10,7 @@ these.
 from __future__ import annotations
 
 from ..problem import Problem
-from .engine import Engine, remembered
+from .engine import Engine, refusals, remembered
 from .equilibrium import EquilibriumEngine, SteadyEngine
 from .programs import Unsupported, warn
 from .records import Ran
@@ -18,17 +18,24 @@ from .runge_kutta import RungeKuttaEngine
 from .sde import SDEEngine
 from .settling import SettlingEngine
 
-__all__ = ["Engine", "Ran", "SteadyEngine", "Unsupported", "engine", "warn"]
+__all__ = ["Engine", "Ran", "SteadyEngine", "Unsupported", "engine", "refused", "warn"]
 
 
 def engine(problem: Problem) -> Engine | None:
     """What solves the problem compiled; None, after a warning, where it has to be solved as ever."""
     try:
-        if problem.rest is not None:
-            kind = EquilibriumEngine if problem.solver.discrete else SettlingEngine
-        else:
-            kind = SDEEngine if problem.noisy else RungeKuttaEngine
-        return remembered(kind, problem)
+        return remembered(_kind(problem), problem)
     except Unsupported as cause:
         warn(problem.field.given, cause)
         return None
+
+
+def refused(problem: Problem) -> bool:
+    """Whether it is known that no engine solves the problem."""
+    return any(so for so, _ in (*refusals(problem), *_kind(problem).refusals(problem)))
+
+
+def _kind(problem: Problem) -> type[Engine]:
+    if problem.rest is not None:
+        return EquilibriumEngine if problem.solver.discrete else SettlingEngine
+    return SDEEngine if problem.noisy else RungeKuttaEngine

@@ -107,7 +107,7 @@ class EquilibriumEngine(SteadyEngine):
             field.first(t, z0, problem.elsewhere)
             if field.random:
                 raise Unsupported("f draws random numbers")
-            self._checked, field.calls = True, 0  # the program's own first one counts
+            self._checked, field.calls = True, field.calls - 1  # the program makes the first one again
         return _iterate.iterate(problem, z0, None, _Steps(problem, *self._forward, (*_given(field), problem.start)))
 
     def _solving(self, iterate: Iterate, given) -> tuple[Callable, Callable]:
