@@ -99,6 +99,49 @@ def test_a_compiled_equilibrium_is_the_same(silent, solver, control, batches):
 
 
 @COMPILER
+def test_how_a_compiled_solve_may_begin(silent):
+    """At rest, lost, or cut short: all of them in one program."""
+    equation = nde.SteadyState(Map())
+    how = {"solver": "fixed_point", "rtol": 1e-12, "atol": 1e-12, "on_failure": "ignore", "adjoint": "jfb"}
+
+    def solved(x, z0, compile, **more):
+        return nde.solve(equation, z0, args=x, compile=compile, **how, **more)
+
+    x = inputs().detach()
+    rest = solved(x, torch.zeros_like(x), False).final.detach()
+    lost = x.clone()
+    lost[1] = float("nan")
+    some = torch.where(torch.arange(BATCH)[:, None] < 3, rest, 0.0)
+    cases = [(x, rest, {}), (x, some, {}), (lost, some, {}), (lost * float("nan"), some, {})]
+    cases += [(x, torch.zeros_like(x), {"max_steps": n}) for n in (1, 2, 33, 40)]
+    for given, start, more in cases:
+        mine, theirs = (solved(given, start, compile, **more) for compile in (True, False))
+        for name in ("status", "depth", "residual", "final", "ts", "zs"):
+            torch.testing.assert_close(
+                getattr(mine, name), getattr(theirs, name), rtol=1e-9, atol=1e-12, equal_nan=True, msg=f"{name}, {more}"
+            )
+        assert torch.equal(mine.stats.nfe, theirs.stats.nfe)
+        assert mine.stats.function_calls == theirs.stats.function_calls
+        torch.testing.assert_close(mine._problem.rest.before, theirs._problem.rest.before, equal_nan=True)
+
+
+@COMPILER
+@pytest.mark.slow
+def test_a_number_that_changes_is_compiled_anew(silent):
+    class Scaled(Map):
+        scale = 0.9
+
+        def forward(self, z, x):
+            return self.scale * super().forward(z, x)
+
+    f = Scaled()
+    compiled, eager = (nde.DeepEquilibrium(f, solver="fixed_point", compile=compile) for compile in (True, False))
+    for scale in (0.9, 0.8, 0.7, 0.8):
+        f.scale = scale
+        close(compiled(inputs()), eager(inputs()), 1e-12)
+
+
+@COMPILER
 @pytest.mark.slow
 def test_loops_that_may_overwrite_nothing_do_the_same(silent, monkeypatch):
     """Those of torch's older versions: what an iteration remembers goes through them."""
@@ -121,8 +164,9 @@ def test_compiled_steps_are_kept_as_others(silent):
         nde.solve(nde.SteadyState(f), torch.zeros_like(x), compile=compile, **how) for compile in (True, False)
     )
     assert int(mine.depth.max()) > 1 and mine.stats.function_calls == theirs.stats.function_calls
-    if torch.equal(mine.depth, theirs.depth):
-        close(mine.steps.z, theirs.steps.z, 1e-10)
+    # With more differences than components, rounding decides between combinations.
+    close(mine.steps.z[:SIZE], theirs.steps.z[:SIZE], 1e-10)
+    close(mine.final, theirs.final, 1e-11)
     close(mine.steps.residual[:3], theirs.steps.residual[:3], 1e-8)
 
 

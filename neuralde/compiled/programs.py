@@ -123,7 +123,24 @@ def program(function: Callable, hoisted: bool = False) -> Callable:
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
         return torch.compile(program, fullgraph=True, backend=functools.partial(_inductor, hoisted=hoisted))
 
-    return lambda *arguments: made()(*arguments)
+    def call(*arguments):
+        nonlocal special
+        try:
+            return made()(*arguments) if not special else specialized(*arguments)
+        except Exception:  # whatever the compiler says
+            if special:
+                raise
+            # A number that f has changed: Dynamo makes a symbol of its second value, which no loop takes. Nothing that
+            # the loop overwrites was touched yet.
+            special = True
+            return specialized(*arguments)
+
+    def specialized(*arguments):
+        with torch._dynamo.config.patch(specialize_float=True):
+            return made()(*arguments)
+
+    special = False
+    return call
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], hoisted: bool) -> Callable:
@@ -165,6 +182,11 @@ def constant(name: str, value: float, dtype: torch.dtype = torch.int64) -> Tenso
 
 def first_line(error: Exception) -> str:
     """What the compiler's error comes down to."""
+    if "RecompileLimit" in type(error).__name__:
+        return (
+            "it was compiled for many values of something that f uses; a number that changes, such as an attribute of "
+            "a Module, is better a tensor (register_buffer), or given in args"
+        )
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(text[:2])[:300]
     return f"the compiler failed with {type(error).__name__}" + (f": {said}" if said else "")
