@@ -139,8 +139,17 @@ def test_collapsed_layers_are_named():
 def test_findings_can_fail():
     columns = {"nfe": recipe.Column("NFE"), "loss": recipe.Column("loss"), "depth": recipe.Column("depth")}
     rows = {"DEQ": 20.0, "Skip DEQ": 9.0, "Skip Reg. DEQ": 18.0}
-    result = recipe.Result("", columns, {row: [{"nfe": nfe, "loss": 1.0, "depth": 1.0}] for row, nfe in rows.items()})
+    result = recipe.Result(
+        "", columns, {row: [{"nfe": nfe, "loss": 1.0, "depth": 1.0, "converged": 1.0}] for row, nfe in rows.items()}
+    )
     assert [x.holds for x in polynomial.findings(result)] == [True, False, None]
+    # A solve that gave up is not what others save against; and what makes no step saves nothing.
+    result.trials["DEQ"].append({"nfe": 300.0, "loss": 1.0, "depth": 100.0, "converged": 0.0})
+    saved, failed, _ = polynomial.findings(result)
+    assert saved.holds and not failed.holds and "1 of 2 runs of DEQ" in saved.text
+    result.trials["Skip DEQ"][0]["depth"] = 0.4
+    saved = polynomial.findings(result)[0]
+    assert not saved.holds and "collapsed" in saved.text
 
 
 @pytest.mark.parametrize(

@@ -224,14 +224,20 @@ def _measured(config, model: nn.Sequential, task: Task, name: str) -> dict[str, 
 
 
 def saving(result: Result, row: str, column: str, least: float, what: str, of: str = "DEQ") -> Finding:
-    """Whether a row has at most 1/least of another one's figure."""
-    mine, theirs = result.row(row)[column], result.row(of)[column]
+    """Whether a row has at most 1/least of another one's figure, and is an equilibrium still.
+
+    A solve that gave up is no measure of what one costs: where some runs of the other row came to rest, they count.
+    """
+    mine = result.row(row)[column]
+    runs = result.trials[of]
+    fine = [run for run in runs if run["converged"] > 0.999] or runs
+    theirs = sum(run[column] for run in fine) / len(fine)
     ratio = theirs / mine
-    text = f"{row}: {what} {mine:.4g}, 1/{ratio:.2f} of {theirs:.4g} ({of}); at most 1/{least:g} was to be shown"
-    if "converged" in result.columns and result.row(of)["converged"] < 1.0:
-        share = 100.0 * result.row(of)["converged"]
-        text += f" ({share:.1f} % of {of} came to rest: the others count with all that was spent on them)"
-    return Finding(text, ratio >= least)
+    which = of if len(fine) == len(runs) else f"{len(fine)} of {len(runs)} runs of {of}, those at rest"
+    text = f"{row}: {what} {mine:.4g}, 1/{ratio:.2f} of {theirs:.4g} ({which}); at most 1/{least:g} was to be shown"
+    if hollow := result.row(row)["depth"] < 1.0:
+        text += "; but the layer has collapsed"
+    return Finding(text, ratio >= least and not hollow)
 
 
 def collapsed(result: Result) -> list[Finding]:
@@ -240,7 +246,7 @@ def collapsed(result: Result) -> list[Finding]:
     if not rows:
         return []
     text = f"collapsed: {', '.join(rows)}. Less than one step on average: the start is at rest to the tolerance"
-    return [Finding(f"{text}, and a network without the solve would give as much")]
+    return [Finding(f"{text}, and a network without the solve would give as much; a smaller weight --skip may help")]
 
 
 def draw(result: Result, path: pathlib.Path) -> None:

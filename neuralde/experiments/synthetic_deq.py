@@ -184,17 +184,13 @@ def findings(result: Result) -> list[Finding]:
     """What the paper found: the larger γ, the flatter the surface and the fewer the evaluations; the fit stays.
 
     Runs of one seed are compared with each other. The evaluations are those of the fixed-point iteration, whose way the
-    paper's figure 5 shows. In one dimension Anderson's is the secant method, which needs some four evaluations however
-    flat the map is: of it, only the smallest and the largest γ are compared.
+    paper's figure 5 shows, and of Anderson's, with which it trains. The latter is the secant method here, in one
+    dimension, which needs some four evaluations however flat the map is: from one large γ to the next there is little
+    to save.
     """
-    names, found = list(result.trials), []
-    pairs = list(itertools.pairwise(names))
-    for column, what in (("slope", "mean size of ∂f/∂z"), ("fixed_point", "NFE of the fixed-point iteration")):
-        found += [falls(result, column, what, *pair) for pair in pairs]
-    if len(names) > 1:
-        found.append(falls(result, "anderson", "NFE of Anderson's", names[0], names[-1]))
-    if len(names) > 2:
-        found += [Finding(falls(result, "anderson", "NFE of Anderson's", *pair).text) for pair in pairs]
+    found, figures = [], {"slope": "mean size of ∂f/∂z", "fixed_point": "NFE of the fixed-point iteration"}
+    for column, what in (figures | {"anderson": "NFE of Anderson's"}).items():
+        found += [falls(result, column, what, *pair) for pair in itertools.pairwise(result.trials)]
     losses = ", ".join(f"{row['loss']:.2e}" for row in result.rows())
     found.append(Finding(f"squared errors on the test samples: {losses} (the noise has 2.50e-03)"))
     return found
