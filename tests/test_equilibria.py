@@ -63,8 +63,10 @@ def how(solver):
     given = options(solver, dt0=0.8)
     if solver in LOW_ORDER:
         return given | {"rtol": 5e-8, "atol": 5e-10, "max_steps": 20000}
-    tolerance = 1e-4 if solver in SLOW else 1e-8
-    return given | {"rtol": tolerance, "atol": tolerance, "termination": nde.Termination(rtol=max(1e-7, tolerance))}
+    given |= {"rtol": 1e-8, "atol": 1e-8, "termination": nde.Termination(rtol=1e-7)}
+    if solver in SLOW:  # of order 1, it follows the way in too many steps; but long ones lead to the end too
+        return given | {"control": nde.StepControl(adaptive=False), "dt0": 5.0}
+    return given
 
 
 # -- every solver, every backward ----------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def test_the_steady_state_and_its_gradients(solver):
     assert bool((error <= 5 * tolerance * solution.final.norm(dim=1) * 1.01).all())
     found = torch.autograd.grad(solution.final.square().sum(), [*f.parameters(), x])
     for g, e in zip(found, gradients, strict=True):
-        close(g, e, 1e-6 if tolerance <= 1e-7 else 2e-3)
+        close(g, e, 1e-6)
 
 
 @pytest.mark.parametrize("solver", [*EQUILIBRIUM, "tsit5"])
@@ -138,9 +140,8 @@ def test_every_backward_of_every_solver(solver):
         assert bool(solution.converged.all())
         found = torch.autograd.grad(solution.final.square().sum(), [*f.parameters(), x])
         wanted = series(f, x, solution.final, *truncated) if truncated else expected
-        tolerance = 2e-3 if solver in SLOW else 1e-6  # damped steps move from where the solve ended
         for g, e in zip(found, wanted, strict=True):
-            close(g, e, tolerance)
+            close(g, e, 1e-6)
 
 
 def test_approximate_gradients_have_errors_that_fall():
