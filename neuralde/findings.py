@@ -134,7 +134,6 @@ def _depth(layer: LayerDiagnosis) -> list[Finding]:
 
 
 def _failed(layer: LayerDiagnosis, which: Tensor) -> list[Finding]:
-    """Args: which: samples that failed, [batch]."""
     lost = which.nonzero().flatten()
     if not len(lost):
         return []

@@ -214,8 +214,8 @@ def iterate(problem: Problem, z0: Tensor, slope: Tensor | None, steps: Programs 
 
     Args:
         problem: one that `applies`.
-        z0: [batch, features], in the working dtype. slope: f(z0) - z0; None has the programs find it.
-        steps: makes the steps in place of `Iterate`, once there is a memory. The batch is not compacted then.
+        z0: [batch, features], in the working dtype. slope: f(z0) - z0, or None with steps.
+        steps: finds the slope, and makes the steps in place of `Iterate`. The batch is not compacted then.
     """
     return _Iterating(problem, z0, slope, steps).run()
 
@@ -234,8 +234,7 @@ class _Iterating:
         self.recent = _termination.Recent(self.termination)
         self.taken: list[Taken] = []
         if slope is not None:
-            self.z, self.slope = z0, slope.to(z0.dtype)
-            self.memory = None if steps is None else self.solver.start(z0, self.slope, self.solver.blank(z0))
+            self.z, self.slope, self.memory = z0, slope.to(z0.dtype), None
             self.rest.begin(z0, self.slope)
         else:
             opening = steps.opening(z0, self._most())
@@ -271,7 +270,7 @@ class _Iterating:
         while self.left and self.attempts < self.problem.max_steps:
             if self._worth_compacting():
                 self._compact()
-            if self.steps is None or self.memory is None:
+            if self.steps is None:
                 self._attempt()
             else:
                 self._several()

@@ -202,6 +202,8 @@ def _opening(iterate: Iterate, excess: Callable, z, slope, buffers, most, figure
     most = most if lasts is None else most.clamp(max=lasts)
     ends = Ends(most.new_zeros(groups), first, z, z)
     going = (watched.live.any() & first.isfinite().all())[None]
+    # Numbers: a tensor 0 here and the count that the loop begins with would be one tensor to Inductor, which the loop
+    # changes.
     loop = most, 0, -1, figures, starts, going
     turn, *found = _steps(iterate, excess, z, slope, memory.states, buffers, watched, ends, *loop)
     *_, watched, ends = found
@@ -229,7 +231,7 @@ def _steps(
 
     Args:
         excess: (which step of all, a state) -> f(z) - z.
-        most, before, first: how many steps may be made, were made, and `Memory.made`, [1] each.
+        most, before, first: how many steps may be made, were made, and `Memory.made`: [1], the latter two also numbers.
         going: whether it is entered, [1].
     """
     termination, count = iterate.termination, len(states)
