@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import solvers
-from .discover import discover
 from .equations import Coefficients
 from .field import full_precision
 from .findings import Finding, findings
-from .iterate import applies, iterate
+from .iterate import followed
 from .problem import Problem
 from .seen import seen
 from .solution import Solution
@@ -234,8 +233,7 @@ def _timed(problem: Problem, z0: Tensor) -> tuple[float, float]:
         with full_precision(z0.device):
             rest = copy.copy(problem.rest)  # the solution goes on using its own
             p = dataclasses.replace(problem, field=field, compile=False, observer=None, rest=rest)
-            slope = field.first(p.first_instant, z0, p.elsewhere)
-            iterate(p, z0, slope) if applies(p) else discover(p, z0, slope)
+            followed(p, z0)
         seconds = _now(z0.device) - began
         found.append((seconds, sum(part.seconds for part in timed) / seconds))
     return min(found)

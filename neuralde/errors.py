@@ -94,13 +94,11 @@ class NotConverged(NeuralDEError):
     Attributes:
         residual: per failed sample, list of float: the least residual, as the termination's mode measures it.
         tolerance: what it was compared with.
-        status: per failed sample, list of `Status`.
         what, advice: the message without what to try, and that: list of str.
     """
 
     residual: list[float]
     tolerance: float
-    status: list[Status]
     what: str
     advice: list[str]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import termination as _termination
+from .discover import discover
 from .errors import Status
 from .grid import Grid, Record
 from .held import Held
@@ -206,6 +207,12 @@ def applies(problem: Problem) -> bool:
     """Whether the problem is one for `iterate`: without a horizon, and with nobody who looks on."""
     own = problem.solver.discrete and problem.rest is not None and problem.observer is None
     return own and bool(problem.end.isinf().all())
+
+
+def followed(problem: Problem, z0: Tensor) -> Trajectory:
+    """Solves by the loop for the problem: this one where it `applies`, or `discover`'s. Arguments as `iterate`'s."""
+    slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
+    return iterate(problem, z0, slope) if applies(problem) else discover(problem, z0, slope)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def unsettled(
     )
     said, noise = dict.fromkeys(said), _of_rounding(columns[0], termination, precision)
     error = NotConverged(f"{what}\n{'; '.join(said)}.{noise}", failed, columns[1])
-    error.residual, error.tolerance, error.status = columns[0], tolerance, kinds
+    error.residual, error.tolerance = columns[0], tolerance
     error.what, error.advice = what, [*said, noise]
     return error
 

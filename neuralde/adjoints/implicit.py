@@ -15,11 +15,10 @@ from torch.utils import _pytree as pytree
 from .. import compiled
 from .. import control as _control
 from .. import termination as _termination
-from ..discover import discover
 from ..errors import NeuralDEError, SolveWarning
 from ..field import reachable
 from ..graph import depends, without_gradient
-from ..iterate import applies, iterate
+from ..iterate import followed, iterate
 from ..linear import LinearSolve, gmres
 from ..problem import Problem
 from ..solvers import SOLVERS
@@ -49,10 +48,7 @@ class AtRest(Adjoint):
         z0 = z0.detach()
         with torch.no_grad():
             engine = problem.compile and compiled.engine(problem)
-            trajectory = engine and engine.discover(problem, z0)
-            if not trajectory:
-                slope = problem.field.first(problem.first_instant, z0, problem.elsewhere)
-                trajectory = iterate(problem, z0, slope) if applies(problem) else discover(problem, z0, slope)
+            trajectory = (engine and engine.discover(problem, z0)) or followed(problem, z0)
         outcome = plain(trajectory)
         if torch.is_grad_enabled():
             for name in ("error", "stiffness"):

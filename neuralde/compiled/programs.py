@@ -123,24 +123,30 @@ def program(function: Callable, hoisted: bool = False) -> Callable:
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
         return torch.compile(program, fullgraph=True, backend=functools.partial(_inductor, hoisted=hoisted))
 
+    special = False
+
     def call(*arguments):
         nonlocal special
-        try:
-            return made()(*arguments) if not special else specialized(*arguments)
-        except Exception:  # whatever the compiler says
-            if special:
-                raise
-            # A number that f has changed: Dynamo makes a symbol of its second value, which no loop takes. Nothing that
-            # the loop overwrites was touched yet.
-            special = True
-            return specialized(*arguments)
-
-    def specialized(*arguments):
+        if not special:
+            try:
+                return made()(*arguments)
+            except Exception as error:
+                if not _of_the_compiler(error):
+                    raise
+                # It may be a number of f's that has changed: Dynamo makes a symbol of its second value, which no loop
+                # takes. The program has not begun.
+                special = True
         with torch._dynamo.config.patch(specialize_float=True):
             return made()(*arguments)
 
-    special = False
     return call
+
+
+def _of_the_compiler(error: Exception) -> bool:
+    """Whether it was raised in the making of a program, and not by one."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], hoisted: bool) -> Callable:

@@ -188,9 +188,13 @@ def findings(result: Result) -> list[Finding]:
     dimension, which needs some four evaluations however flat the map is: from one large γ to the next there is little
     to save.
     """
-    found, figures = [], {"slope": "mean size of ∂f/∂z", "fixed_point": "NFE of the fixed-point iteration"}
-    for column, what in (figures | {"anderson": "NFE of Anderson's"}).items():
-        found += [falls(result, column, what, *pair) for pair in itertools.pairwise(result.trials)]
+    figures = {
+        "slope": "mean size of ∂f/∂z",
+        "fixed_point": "NFE of the fixed-point iteration",
+        "anderson": "NFE of Anderson's",
+    }
+    pairs = list(itertools.pairwise(result.trials))
+    found = [falls(result, column, what, *pair) for column, what in figures.items() for pair in pairs]
     losses = ", ".join(f"{row['loss']:.2e}" for row in result.rows())
     found.append(Finding(f"squared errors on the test samples: {losses} (the noise has 2.50e-03)"))
     return found
