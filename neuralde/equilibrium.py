@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from .adjoints.base import Outcome
 from .graph import without_gradient
-from .outputs import Outputs
 from .problem import Problem
 from .solution import Solution, Statistics, Steps
 from .termination import kept
@@ -79,23 +79,38 @@ class Equilibrium(Solution):
     """
 
     def __init__(self, problem: Problem, outcome: Outcome, z0_flat: Tensor):
-        batch = problem.field.layout.batch
-        ts = torch.stack([x.expand(batch) for x in (problem.start, outcome.trajectory.reached)])
-        super().__init__(problem, outcome, ts, Outputs(torch.stack([z0_flat, outcome.final]), [], None, None), z0_flat)
-        self.residual = problem.rest.residual.expand(batch)
+        self._solved(problem, outcome, z0_flat)
+        self._stopped, self._held, self.events = None, None, []
+        self.residual = problem.rest.residual.expand(problem.field.layout.batch)
         self.termination = problem.rest.termination
-        self.before = 0
+        self.before, self._taped = 0, torch.is_grad_enabled()
+
+    # A training reads the end and little else: the others are made when they are asked for, with the gradient that they
+    # would have had, and from a state that is not the one that was handed out, which is its owner's to change.
+
+    @functools.cached_property
+    def ts(self) -> Tensor:  # noqa: D102  (documented in the class)
+        batch = self._problem.field.layout.batch
+        return torch.stack([x.expand(batch) for x in (self._problem.start, self._outcome.trajectory.reached)])
+
+    @functools.cached_property
+    def zs(self):  # noqa: D102
+        return self._given(lambda: torch.stack([self._z0, self._outcome.final]))
+
+    @functools.cached_property
+    def final(self):
+        """Where every sample came to rest, in the structure of z0."""
+        return self._given(self._outcome.final.clone)
+
+    def _given(self, states: Callable[[], Tensor]):
+        with torch.set_grad_enabled(self._taped):
+            return self._problem.field.layout.unpack(states())
 
     @property
     def stats(self) -> Statistics:
         """See `Solution.stats`."""
         stats = super().stats
         return replace(stats, nfe=stats.nfe + self.before, function_calls=stats.function_calls + self.before)
-
-    @functools.cached_property
-    def final(self):
-        """Where every sample came to rest, in the structure of z0."""
-        return self._problem.field.layout.unpack(self._outcome.final)
 
     @functools.cached_property
     def steps(self) -> Descent:

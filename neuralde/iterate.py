@@ -446,9 +446,7 @@ class Iterated(Trajectory):
     def __init__(self, run: _Iterating):
         problem = self.problem = run.problem
         self.status, self._z0, self._taken = run.status, run.z0, run.taken
-        # Whoever is at rest from the start ends there: the end is the user's to change, the start is not.
-        shared = {run.z0.data_ptr(), run.rest.before.data_ptr()}
-        self.final = run.final.clone() if run.final.data_ptr() in shared else run.final
+        self.final = run.final
         self.interior = self.hits = self.slope = None
         self.complete = run.rest.conclude(run.status)
         self._accepted, self._attempted, self._work = run.accepted, run.attempted, run.work

@@ -134,9 +134,12 @@ class Solution:
     residual: Tensor | None = None
 
     def __init__(self, problem: Problem, outcome: Outcome, ts: Tensor, found: Outputs, z0_flat: Tensor):
-        self._problem, self._outcome, self._z0 = problem, outcome, z0_flat
+        self._solved(problem, outcome, z0_flat)
         self._stopped, self._held = found.stopped, found.held
         self.ts, self.zs, self.events = ts, problem.field.layout.unpack(found.zs), found.events
+
+    def _solved(self, problem: Problem, outcome: Outcome, z0_flat: Tensor):
+        self._problem, self._outcome, self._z0 = problem, outcome, z0_flat
         self._calls = problem.field.calls
         self.solver, self.control = problem.solver, problem.control
         self.rtol, self.atol = problem.norm.rtol, problem.norm.atol
