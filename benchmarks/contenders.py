@@ -97,13 +97,24 @@ class Ours(Contender):
         return nde.solve(equation, z0, (0.0, self.work.t1), compile=self.compile, max_steps=10**5, **self.options)
 
     def counted(self) -> Work:
-        """See `Contender.counted`. A program calls f with the whole batch."""
+        """See `Contender.counted`. A program's calls of f can't be seen: its log says how many, and for whom."""
         with torch.no_grad():
-            stats = self.solution(self.work.f, self.work.z0).stats
+            solution = self.solution(self.work.f, self.work.z0)
+        stats = solution.stats
         attempts, calls = int((stats.accepted + stats.rejected).max()), stats.function_calls
-        rows = calls * len(self.work.z0) if self.compile else super().counted().rows
+        rows = _logged(solution._outcome.trajectory, calls) if self.compile else super().counted().rows
         alone = self.options["control"] == "per_sample"
         return Work(calls, attempts, rows, int(stats.nfe.sum()) if alone else None)
+
+
+def _logged(trajectory, calls: int) -> int:
+    """Samples in all calls of f of a compiled solve."""
+    steps = [(page.filled, len(trajectory.final) if page.rows is None else len(page.rows)) for page in trajectory.pages]
+    if len({size for _, size in steps}) == 1:  # a log need not have all attempts of a batch that steps together
+        return calls * steps[0][1]
+    stages = trajectory.problem.solver.calls_per_step
+    before = calls - stages * sum(filled for filled, _ in steps)
+    return before * len(trajectory.final) + stages * sum(filled * size for filled, size in steps)
 
 
 class Diffrax:

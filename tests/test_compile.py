@@ -110,6 +110,47 @@ def test_a_compiled_solve_is_the_same(silent, penalty, solver):
 
 
 @COMPILER
+@pytest.mark.parametrize(
+    ("penalty", "solver"),
+    [
+        ("final", "bs3"),
+        *(pytest.param(x, "bs3", marks=pytest.mark.slow) for x in ("error", "states", "outputs")),
+        *(pytest.param(x, "tsit5", marks=pytest.mark.slow) for x in ("figures", "steps")),
+    ],
+)
+def test_samples_that_have_ended_leave_the_batch(silent, penalty, solver):
+    """Four samples of seventy go on for longer: the others' args, horizons and gradients stay where they are."""
+    batch, late = 70, [3, 19, 44, 69]
+    ends = torch.linspace(0.4, 0.6, batch, dtype=torch.float64)
+    ends[late] = torch.tensor([3.0, 30.0, 25.0, 20.0], dtype=torch.float64)
+    t = torch.stack([torch.zeros_like(ends), 0.7 * ends, ends], dim=1) if penalty == "outputs" else None
+    if t is None:
+        t = torch.stack([torch.zeros_like(ends), ends], dim=1)
+    mine = agree(Case(batch=batch, solver=solver, control="per_sample", t=t, rtol=1e-7), penalty)
+    pages = mine._outcome.trajectory.pages
+    assert [page.log.s.shape[1] for page in pages[:3]] == [70, 35, 35]
+    assert set(late) - {3} <= set(pages[1].rows.tolist())
+
+
+@COMPILER
+@pytest.mark.slow
+def test_a_batch_that_f_wants_whole_stays_whole(silent):
+    """A function that holds something of every sample can't be called for some of them."""
+    shift = torch.linspace(-1.0, 1.0, 70, dtype=torch.float64)[:, None]
+
+    def f(t, z):
+        return torch.tanh(z) * shift - z
+
+    ends = torch.linspace(0.4, 0.6, 70, dtype=torch.float64)
+    ends[3] = 30.0
+    t, z0 = torch.stack([torch.zeros_like(ends), ends], dim=1), torch.ones(70, 2, dtype=torch.float64)
+    mine, theirs = (nde.solve(nde.ODE(f), z0, t, "bs3", rtol=1e-7, compile=compile) for compile in (True, False))
+    close(mine.final, theirs.final, 1e-11)
+    pages = mine._outcome.trajectory.pages
+    assert len(pages) > 1 and all(page.rows is None for page in pages)
+
+
+@COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("solver", METHODS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,18 @@ class Log(NamedTuple):
     stages: Tensor | None
 
 
+class Page(NamedTuple):
+    """A log and what is to be known of it.
+
+    Attributes:
+        filled: how many of its rows were. rows: of which samples it is, ascending; None for all.
+    """
+
+    filled: int
+    log: Log
+    rows: Tensor | None = None
+
+
 class Stand(NamedTuple):
     """Where the samples stand: all [groups], but for z and slope, [batch, features]."""
 
@@ -58,11 +72,11 @@ class Ran(Trajectory):
     """A trajectory that a program found: a success, put together from its logs.
 
     Attributes:
-        logs: pairs (rows filled, `Log`). extra: evaluations of f beside those of the attempts.
+        pages: what was written down. extra: evaluations of f beside those of the attempts.
     """
 
-    def __init__(self, problem: Problem, z0: Tensor, stand: Stand, logs: list[tuple[int, Log]], extra: int):
-        self.problem, self.logs, self._z0, self._stand, self._extra = problem, logs, z0, stand, extra
+    def __init__(self, problem: Problem, z0: Tensor, stand: Stand, pages: list[Page], extra: int):
+        self.problem, self.pages, self._z0, self._stand, self._extra = problem, pages, z0, stand, extra
         self.final, self.hits, self.slope = stand.z, None, None
         self.status, self.complete, self._held = torch.zeros_like(stand.accepted), True, None
 
@@ -72,10 +86,11 @@ class Ran(Trajectory):
 
     @functools.cached_property
     def records(self) -> list[Record]:  # noqa: D102
-        direction, joint, solver = self.problem.span.sign(), self.problem.joint, self.problem.solver
+        signs, joint, solver = self.problem.span.sign(), self.problem.joint, self.problem.solver
         silent, found = solver.error_order is None and not solver.reports_stiffness, []
-        for filled, log in self.logs:
+        for filled, log, rows in self.pages:
             everyone = log.ok[:filled].all(dim=1).tolist()
+            direction = signs if rows is None else signs.index_select(0, rows)
             t, dt, end = (x[:filled] * direction for x in (log.s, log.h, log.end))
             ends = end[:, 0].tolist() if joint else end
             for j in range(filled):
@@ -83,15 +98,14 @@ class Ran(Trajectory):
                     accepted, figures = None if everyone[j] else log.ok[j], None if silent else log.figures[j]
                     z, residual, stages = (None if x is None else x[j] for x in (log.z, log.residual, log.stages))
                     what = {"figures": figures, "snapshot": stages, "residual": residual}
-                    found.append(Record(0, None, accepted, t[j], dt[j], ends[j], z, None, **what))
+                    found.append(Record(0, rows, accepted, t[j], dt[j], ends[j], z, None, **what))
         return found
 
     @functools.cached_property
-    def used(self) -> list[int]:
-        """Which rows of all logs have a record."""
-        long = len(self.logs[0][1].s)
-        rows = [(i * long + j, log.ok[j]) for i, (filled, log) in enumerate(self.logs) for j in range(filled)]
-        return [i for i, ok in rows if not self.problem.joint or bool(ok)]
+    def used(self) -> list[tuple[int, int]]:
+        """Which rows of the logs have a record: (number of the page, number of the row)."""
+        rows = [(i, j, page.log.ok[j]) for i, page in enumerate(self.pages) for j in range(page.filled)]
+        return [(i, j) for i, j, ok in rows if not self.problem.joint or bool(ok)]
 
     @functools.cached_property
     def interior(self) -> Tensor | None:  # noqa: D102
@@ -103,9 +117,9 @@ class Ran(Trajectory):
         kept = Stages(snapshots, [len(snapshots)])
         return Dense(p, self.grid, self.grid.states, kept).at(*self.grid.locate(p.interior, p.span.sign()))
 
-    def marks(self, interior: Tensor | None, states: Tensor | None) -> Tensor | None:
-        """The gradient by the snapshots, [rows of all logs, snapshot's rows, batch, features], from those by what is
-        made of them; only their first row, which is the state, from `states` alone. None without any.
+    def marks(self, interior: Tensor | None, states: Tensor | None) -> list[Tensor] | None:
+        """The gradient by the snapshots, [rows of a log, snapshot's rows, samples, features] for every page, from those
+        by what is made of them; only their first row, which is the state, from `states` alone. None without any.
         """
         marks = None if states is None else states[:, None]
         if interior is not None:
@@ -117,16 +131,30 @@ class Ran(Trajectory):
                 marks[:, 0] += states
         if marks is None:
             return None
-        batch, logged = len(self._z0), sum(len(log.s) for _, log in self.logs)
-        everyone = torch.arange(batch)
-        where = self.grid.gather([everyone + i * batch for i in self.used], everyone)
-        spread = marks.new_zeros(logged * batch, *marks.shape[1:]).index_copy_(0, where, marks)
-        return spread.view(logged, batch, *marks.shape[1:]).movedim(1, 2).contiguous()
+        # Under joint control, too, every sample has a state of its own.
+        wide = [len(self._z0) if page.rows is None else len(page.rows) for page in self.pages]
+        sizes = [len(page.log.s) * n for page, n in zip(self.pages, wide, strict=True)]
+        begins, everyone = [0, *itertools.accumulate(sizes)], torch.arange(len(self._z0))
+        rows = [everyone[: wide[i]] + (begins[i] + j * wide[i]) for i, j in self.used]
+        spread = marks.new_zeros(begins[-1], *marks.shape[1:])
+        spread.index_copy_(0, self.grid.gather(rows, everyone), marks)
+        pages = zip(spread.split(sizes), wide, strict=True)
+        return [x.view(-1, n, *marks.shape[1:]).movedim(1, 2).contiguous() for x, n in pages]
 
-    @property
+    @functools.cached_property
     def figures(self) -> Tensor:
         """What the programs logged of errors and stiffness, [rows of all logs, 1 to 3, groups]."""
-        return self.logs[0][1].figures if len(self.logs) == 1 else torch.cat([log.figures for _, log in self.logs])
+        return self._everyones(lambda page: page.log.figures)
+
+    def _everyones(self, of: Callable[[Page], Tensor]) -> Tensor:
+        """What the logs have of their samples, [rows of all logs, ..., groups]; 0 where a log is not of a sample."""
+        found, groups = [], len(self.problem.start)
+        for page in self.pages:
+            x = of(page)
+            if page.rows is not None:
+                x = x.new_zeros(*x.shape[:-1], groups).index_copy_(-1, page.rows, x)
+            found.append(x)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def stand_in(self) -> Tensor:
         """What stands for the states among the outputs of an autograd function: their shape without memory."""
@@ -157,15 +185,19 @@ class Ran(Trajectory):
 
     @functools.cached_property
     def _sizes(self) -> Tensor:
-        return torch.cat([log.h for _, log in self.logs])
+        return self._everyones(lambda page: page.log.h)
 
     @functools.cached_property
     def _taken(self) -> Tensor:
         # Rejected attempts, and rows that no attempt has filled, may hold anything.
-        return torch.cat([(torch.arange(len(log.ok)) < filled)[:, None] & log.ok for filled, log in self.logs])
+        return self._everyones(lambda page: (torch.arange(len(page.log.ok)) < page.filled)[:, None] & page.log.ok)
 
     def _of_steps(self, values: Tensor) -> Tensor:
-        return self.grid.gather([values[i] for i in self.used], self.problem.start)
+        long, found = len(self.pages[0].log.s), []
+        for i, j in self.used:
+            row, rows = values[i * long + j], self.pages[i].rows
+            found.append(row if rows is None else row.index_select(0, rows))
+        return self.grid.gather(found, self.problem.start)
 
     @functools.cached_property
     def counts(self) -> Counts:  # noqa: D102

@@ -12,6 +12,8 @@ from .stepping import SteppingEngine, closes
 class RungeKuttaEngine(SteppingEngine):
     """The programs of a solve of an ODE by an explicit Runge-Kutta method."""
 
+    _shrinks = True
+
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         like = problem.start.new_zeros(1, dtype=problem.field.layout.work_dtype)
         solver = problem.solver.bound(like, problem.start)

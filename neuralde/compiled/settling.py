@@ -23,7 +23,7 @@ from ..solvers.runge_kutta import RungeKutta
 from .engine import VectorField
 from .equilibrium import SteadyEngine
 from .programs import constant
-from .records import Log, Ran, Stand
+from .records import Page, Ran, Stand
 from .runge_kutta import RungeKuttaEngine
 from .stepping import SteppingEngine, closes
 
@@ -64,7 +64,7 @@ class _Excess(VectorField):
 class SettlingEngine(SteadyEngine, RungeKuttaEngine):
     """The programs of a solve for a steady state by an explicit Runge-Kutta method."""
 
-    _settles = True
+    _settles, _shrinks = True, False
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         super().__init__(problem, tree)
@@ -123,18 +123,18 @@ class SettlingEngine(SteadyEngine, RungeKuttaEngine):
 
     # -- outside of them -----------------------------------------------------------------------------------------------
 
-    def _ran(self, problem: Problem, z0: Tensor, stand: Stand, logs: list, extra: int, own, fixed) -> Ran | None:
-        if self._stalled(logs):
+    def _ran(self, problem: Problem, z0: Tensor, stand: Stand, pages: list[Page], extra: int, own, fixed) -> Ran | None:
+        if self._stalled(pages):
             return None
-        return Settled(problem, z0, stand, logs, extra, _Own(*own), _Start(*fixed))
+        return Settled(problem, z0, stand, pages, extra, _Own(*own), _Start(*fixed))
 
-    def _stalled(self, logs: list[tuple[int, Log]]) -> bool:
+    def _stalled(self, pages: list[Page]) -> bool:
         """Whether the loop in Python would have found a sample at a standstill on the way."""
         patience = self._termination.patience
-        if patience is None or sum(filled for filled, _ in logs) < patience:
+        if patience is None or sum(page.filled for page in pages) < patience:
             return False
         recent, attempt = _termination.Recent(self._termination), 0
-        for filled, log in logs:
+        for filled, log, _ in pages:
             figures = torch.where(log.ok[:filled], log.residual[:filled], math.nan)
             for figure, ok in zip(figures, log.ok, strict=False):
                 attempt += 1
@@ -155,12 +155,12 @@ class Settled(Ran):
         problem: Problem,
         z0: Tensor,
         stand: Stand,
-        logs: list[tuple[int, Log]],
+        pages: list[Page],
         extra: int,
         own: _Own,
         start: _Start,
     ):
-        super().__init__(problem, z0, stand, logs, extra)
+        super().__init__(problem, z0, stand, pages, extra)
         rest = problem.rest
         rest.first, rest.residual, rest.before = start.figure, own.residual, own.before
         self.complete = rest.conclude(self.status)

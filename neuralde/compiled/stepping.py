@@ -24,9 +24,10 @@ from ..control import Norm
 from ..discover import LEAST, resolution
 from ..problem import Problem
 from ..solvers import Solver, Step
+from .active import Active
 from .engine import Engine, VectorField
-from .programs import Lent, Unsupported, constant, first_line, leaves_of, lend, may_overwrite, overwriting_loop, program
-from .records import Log, Ran, Stand
+from .programs import Lent, Unsupported, constant, first_line, lend, may_overwrite, overwriting_loop, program
+from .records import Log, Page, Ran, Stand
 
 _M = algebra.TENSORS
 _LONGEST = 64  # attempts in a log
@@ -49,6 +50,7 @@ class SteppingEngine(Engine):
     """
 
     _settles = False  # whether it looks for steady states
+    _shrinks = False  # whether samples that have ended are left out
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec, solver: Solver, sloped: bool, rows: int):
         super().__init__(problem, tree)
@@ -160,7 +162,9 @@ class SteppingEngine(Engine):
             if field.random:
                 raise Unsupported("f draws random numbers")
             self._checked = True
-        leaves, tolerances, given = leaves_of(field.args), self._tolerances(problem, z0), self._given(problem)
+        elif self._shrinks:
+            field.fill(problem.start, z0)
+        active, tolerances, given = Active(problem), self._tolerances(problem, z0), self._given(problem)
         driving = self._undriven(1, given)
         row = (1 + self._stages) * z0.numel() + (0 if driving is None else driving.numel())
         most = max(2, min(_LONGEST, (_WRITTEN if may_overwrite() else _COPIED) // (row * z0.element_size())))
@@ -168,28 +172,32 @@ class SteppingEngine(Engine):
         h = None if problem.dt0 is None else torch.full_like(problem.start, problem.dt0)
         f, room = field.given, problem.start.new_empty(most, len(problem.start))
         said, stand, log, own, fixed = self._begin(
-            f, leaves, given, z0, problem.start, problem.end, tolerances, h, limit, room
+            f, active.leaves, given, z0, active.start, active.end, tolerances, h, limit, room
         )
-        logs, attempts = [], 0
+        pages, attempts, whole = [], 0, stand
         while True:
-            made, filled, live, failed = said.tolist()
-            logs.append((filled, Log(*log)))
+            made, filled, going, failed = said.tolist()
+            pages.append(Page(filled, Log(*log), active.rows))
             attempts, budget = attempts + made, budget - made
-            if failed or (live and not budget):
+            if failed or (going and not budget):
                 return None
-            if not live:
+            if not going:
                 break
+            if self._shrinks and not self._joint and active.idle(going):
+                whole, here = active.all(stand, whole), active.fewer(Stand(*stand).live, going)
+                active, stand = active.on(here), [x.index_select(0, here) for x in stand]
+                room = room.new_empty(most, len(here))
             limit = constant("limit", min(most, budget))
             said, stand, log, own, fixed = self._continue(
-                f, leaves, given, problem.start, problem.end, tolerances, limit, room, fixed, *stand, *own
+                f, active.leaves, given, active.start, active.end, tolerances, limit, room, fixed, *stand, *own
             )
         extra = self._extra(problem)
         field.calls += attempts * self._solver.calls_per_step + extra
-        return self._ran(problem, z0, Stand(*stand), logs, extra, own, fixed)
+        return self._ran(problem, z0, Stand(*active.all(stand, whole)), pages, extra, own, fixed)
 
-    def _ran(self, problem: Problem, z0: Tensor, stand: Stand, logs: list, extra: int, own, fixed) -> Ran | None:
+    def _ran(self, problem: Problem, z0: Tensor, stand: Stand, pages: list[Page], extra: int, own, fixed) -> Ran | None:
         """What was found; None where it has to be found as ever. own, fixed: of `_started`."""
-        return Ran(problem, z0, stand, logs, extra)
+        return Ran(problem, z0, stand, pages, extra)
 
     def _empty(self, room: Tensor, z: Tensor, given: Sequence[Tensor]) -> Log:
         """Traced: a log without attempts. room: as long as it is to be, [attempts, groups]."""
@@ -220,8 +228,8 @@ class SteppingEngine(Engine):
         """Traced: attempts until all samples are at their ends, or as many as the log holds.
 
         Returns:
-            How many attempts were made and rows of the log filled, whether a sample is not at its end, and whether one
-            failed; the `Stand`; the `Log`; and the latter two of `_started`.
+            How many attempts were made, rows of the log filled and samples (or groups) not at their ends, and whether
+            one failed; the `Stand`; the `Log`; and the latter two of `_started`.
         """
         vector_field, norm = self._slope_of(f, leaves), Norm(*tolerances, self._joint)
         solver, control = self._solver, self._control
@@ -277,7 +285,7 @@ class SteppingEngine(Engine):
         carried = none, torch.zeros(1, dtype=torch.int64), *carried
         made, filled, *found = overwriting_loop(more, attempt, carried, list(filter(_there, log)))
         stand, own = Stand(*found[:9]), tuple(found[9:])
-        live, failed = stand.live.any().to(made.dtype), stand.failed.any().to(made.dtype)
+        live, failed = stand.live.sum(), stand.failed.any().to(made.dtype)
         return torch.stack([made, filled.squeeze(0), live, failed]), tuple(stand), tuple(log), own, fixed
 
     def _figures(self, norm: Norm, step: Step, z: Tensor) -> Tensor:
@@ -324,27 +332,32 @@ class SteppingEngine(Engine):
         return None
 
     @torch.no_grad()
-    def _gradients(self, ran: Ran, uses: Lent, final: Tensor | None, figures: Tensor | None, marks: Tensor | None):
+    def _gradients(self, ran: Ran, uses: Lent, final: Tensor | None, figures: Tensor | None, marks: list | None):
         problem = ran.problem
-        kind = uses.names, uses.wanted, figures is not None, 0 if marks is None else marks.shape[1]
+        kind = uses.names, uses.wanted, figures is not None, 0 if marks is None else marks[0].shape[1]
         if kind not in self._back:
             self._back[kind] = program(functools.partial(self._backwards, *kind))
         costate = torch.zeros_like(ran.final) if final is None else final
         sums, off = [torch.zeros_like(x) for x in uses.tensors], costate.new_zeros(())
-        leaves, tolerances = leaves_of(problem.field.args), self._tolerances(problem, costate)
-        leaves, own = [x.detach() for x in leaves], [x.detach() for x in uses.tensors]
-        end = len(ran.logs) * len(ran.logs[0][1].s)
-        for filled, log in reversed(ran.logs):
-            end -= len(log.s)
+        tolerances, tensors = self._tolerances(problem, costate), [x.detach() for x in uses.tensors]
+        active, last = Active(problem), len(ran.pages) - 1
+        for i in range(last, -1, -1):
+            filled, log, rows = ran.pages[i]
             if not filled:
                 continue
-            here = slice(end, end + len(log.s))
-            weights, marked = (None if x is None else x[here] for x in (figures, marks))
-            checked = constant("checked", filled - 1 if log is ran.logs[-1][1] else -1)  # which row ends the solve
-            costate, off = self._back[kind](
-                uses.holder, leaves, own, problem.start, problem.end, tolerances, constant("filled", filled), costate,
-                off, ran.final, checked, weights, marked, log.s, log.h, log.ok, log.z, log.driving, *sums,
+            if rows is not active.rows:
+                active = Active(problem, rows)
+            weights = None if figures is None else figures[i * len(log.s) : (i + 1) * len(log.s)]
+            weights = weights if weights is None or rows is None else weights.index_select(-1, rows)
+            own, checked = active.tensors(tensors, uses.wanted), constant("checked", filled - 1 if i == last else -1)
+            leaves, own_sums = [x.detach() for x in active.leaves], active.blank(sums, own)
+            found, off = self._back[kind](
+                uses.holder, leaves, own, active.start, active.end, tolerances, constant("filled", filled),
+                active.of(costate), off, active.of(ran.final), checked, weights, marks and marks[i], log.s, log.h,
+                log.ok, log.z, log.driving, *own_sums,
             )  # fmt: skip
+            costate = active.put(found, costate)
+            active.collect(sums, own_sums)
         return [costate, *sums], off
 
     def _backwards(
