@@ -86,7 +86,7 @@ class Equilibrium(Solution):
         self.before, self._taped = 0, torch.is_grad_enabled()
 
     # A training reads the end and little else: the others are made when they are asked for, with the gradient that they
-    # would have had, and from a state that is not the one that was handed out, which is its owner's to change.
+    # would have had.
 
     @functools.cached_property
     def ts(self) -> Tensor:  # noqa: D102  (documented in the class)
@@ -97,9 +97,11 @@ class Equilibrium(Solution):
     def zs(self):  # noqa: D102
         return self._given(lambda: torch.stack([self._z0, self._outcome.final]))
 
-    @functools.cached_property
+    @property
     def final(self):
-        """Where every sample came to rest, in the structure of z0."""
+        """Where every sample came to rest, in the structure of z0. A copy, whoever asks: a layer's caller may change
+        what it was given in place.
+        """
         return self._given(self._outcome.final.clone)
 
     def _given(self, states: Callable[[], Tensor]):

@@ -164,6 +164,8 @@ class Field:
             t_other: other times of the horizon, shaped like t.
         """
         before, version = _generator_states(self.layout.device), _version(z)
+        leaves = [x for x in pytree.tree_leaves(self.args) if isinstance(x, Tensor)]
+        versions = [_version(x) for x in leaves]
         try:
             slope, everything = self._checked(self.times(t)[0], z)
         except Exception as error:
@@ -174,6 +176,11 @@ class Field:
             raise ValueError(
                 "f changes its argument z in place, which changes the solution itself; let it work on new tensors "
                 "(z.clamp(...) in place of z.clamp_(...), torch.cat or torch.where in place of z[...] = ...)"
+            )
+        if [_version(x) for x in leaves] != versions:
+            raise ValueError(
+                "f changes its args (a layer's x) in place, which makes another function of it at every evaluation; "
+                "let it work on new tensors (x + ... in place of x += ...)"
             )
         after = _generator_states(self.layout.device)
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):

@@ -102,7 +102,8 @@ def spectral_radius(solution: Solution, iterations: int = 100, generator: torch.
 
     Below 1 the fixed-point iteration converges there, by about that factor per step. It is the growth per step over the
     second half of the iterations, so that it also converges for pairs of complex eigenvalues. Under joint control,
-    where f may mix samples, it is that of the Jacobian of the whole batch, the same number for all.
+    where f may mix samples, it is that of the Jacobian of the whole batch, the same number for all. f is as it is when
+    this is asked for, the states are those that were found.
 
     Args:
         solution: of a steady state.

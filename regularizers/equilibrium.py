@@ -16,7 +16,7 @@ from .schedules import Schedule
 class EquilibriumJacobian(Regularizer):
     """‖J‖²_F / d of the map's Jacobian J = ∂f/∂z at the steady state, estimated as the mean of ‖Jᵀε‖² / d, ε ~ N(0, I).
 
-    One evaluation of f, and one backward pass for every sample of ε.
+    One evaluation of f, and one backward pass for every sample of ε; of f as it is by then, at the z* that was found.
 
     Args:
         weight: a number or a schedule.
@@ -100,8 +100,7 @@ class Skip(Regularizer):
         """See `Regularizer.figure`."""
         if solution.residual is None:
             raise ValueError("Skip trains the start of a steady state, and this solution is one on a horizon")
-        final = solution._problem.field.layout.unpack(solution._outcome.final)  # `final` is the user's to change
-        starts, ends = (torch.utils._pytree.tree_leaves(z) for z in (solution.initial, final))
+        starts, ends = (torch.utils._pytree.tree_leaves(z) for z in (solution.initial, solution.final))
         parts = [x - (y.detach() if self.detach_target else y) for x, y in zip(starts, ends, strict=True)]
         return torch.cat([part.abs().reshape(len(part), -1) for part in parts], dim=1).mean(dim=1)
 
@@ -113,10 +112,11 @@ class Skip(Regularizer):
 class Contraction(Regularizer):
     """The solver's own heuristics near the steady state: how hard the last step of the way was.
 
-    Of an iteration (fixed_point, anderson, broyden, newton) the ratio of successive residuals, ‖g(z + g(z))‖ / ‖g(z)‖
-    where the last step began; of a solver for ODEs the error·|dt| and the stiffness of its last step, as
-    `solution.steps` has them. t, dt, z and g(z) where it began are constants to the gradient, as in the published local
-    regularization: else it would be one of where the steady state lies.
+    Of an iteration (fixed_point, anderson, broyden, newton) the ratio of the residuals of two steps of the fixed-point
+    iteration, ‖f(z + c) - f(z)‖ / ‖c‖ with c = f(z) - z, from where the last step began; of a solver for ODEs the
+    error·|dt| and the stiffness of its last step, as `solution.steps` has them. t, dt, z, and the c or the dz/dt there
+    are constants to the gradient, as in the published local regularization: else it would be one of where the steady
+    state lies.
 
     "vcab3" estimates its error from slopes of earlier steps, which are such constants; bs3, by which it begins, stands
     in for it on a step of the same size. That error is another quantity, much smaller than vcab3's own as a rule: a

@@ -289,6 +289,40 @@ def test_autocast(solver, adjoint):
     close(torch.autograd.grad(z.square().sum(), f.w.weight)[0], expected, 0.15)
 
 
+@pytest.mark.parametrize("adjoint", [x for x in STEADY if x.startswith("implicit")])
+def test_gradients_under_autocast_are_as_accurate_as_it(adjoint):
+    """To the square root of bfloat16's precision they would be off by six per cent."""
+    f, x = Block(), inputs()
+    sharp, layer = (nde.DeepEquilibrium(f, solver="fixed_point", adjoint=adjoint, rtol=x) for x in (1e-5, 5e-3))
+    expected = torch.autograd.grad(sharp(x).square().sum(), f.w.weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = layer(x).square().sum()
+    (found,) = torch.autograd.grad(loss, f.w.weight)
+    # The tolerance of the system over 1 less the contraction.
+    assert float((found - expected).norm() / expected.norm()) < 0.01 / (1 - 0.6)
+
+
+def test_what_f_does_to_its_args_in_place_is_refused():
+    class Drifting(Block):
+        def forward(self, z, x):
+            x += 0.01
+            return super().forward(z, x)
+
+    for options in ({"solver": "fixed_point"}, {"solver": "tsit5"}, {"solver": "anderson", "control": "joint"}):
+        layer = nde.DeepEquilibrium(Drifting(), **options)
+        refused(ValueError, ["args", "in place", "x + "], lambda layer=layer: layer(inputs()))
+
+
+def test_a_start_of_another_shape_is_told():
+    f = nn.Linear(D, 3)
+    for initial, shape in (("zeros", (BATCH, D)), (nn.Linear(D, 5), (BATCH, 5))):
+        layer = nde.DeepEquilibrium(lambda z, x: f(x) + z @ torch.eye(3), initial=initial)
+        with pytest.raises(RuntimeError) as caught:
+            layer(inputs())
+        if hasattr(caught.value, "__notes__"):
+            assert "initial" in caught.value.__notes__[-1] and str(shape) in caught.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "tsit5"])
 def test_low_precision(solver, dtype):

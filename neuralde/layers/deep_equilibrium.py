@@ -14,6 +14,7 @@ from .. import parametrized, steady
 from .. import termination as _termination
 from ..adjoints.implicit import beside
 from ..equations import SteadyState
+from ..errors import NeuralDEError
 from ..field import again, mixing_message, mixing_module
 from ..solution import Solution
 from ..solve import solve
@@ -130,10 +131,14 @@ class DeepEquilibrium(nn.Module):
         self._refuse_mixing()
         with parametrized.once(self.f):
             z0 = self._start(x)
-            if not bool(self.pretraining):
-                self.solution = solve(self.equation, z0, args=x, **self.solve_options)
-            else:
-                self.solution = self._unrolled(z0, x)
+            try:
+                if not bool(self.pretraining):
+                    self.solution = solve(self.equation, z0, args=x, **self.solve_options)
+                else:
+                    self.solution = self._unrolled(z0, x)
+            except RuntimeError as error:
+                self._tell_of_the_start(error, z0)
+                raise
         self.solution.before = int(self.initial == "first_step")
         outcome = self.solution._outcome
         if isinstance(self.initial, nn.Module) and outcome.final.requires_grad:
@@ -153,6 +158,15 @@ class DeepEquilibrium(nn.Module):
             return zeros
         with again(x.device):  # the solve draws the same mask of a dropout: it is the same network
             return self.f(zeros, x)
+
+    def _tell_of_the_start(self, error: RuntimeError, z0):
+        """Adds to what torch says of f's shapes where the state's came from."""
+        if isinstance(z0, Tensor) and not isinstance(error, NeuralDEError) and hasattr(error, "add_note"):
+            made = repr(self.initial) if isinstance(self.initial, str) else type(self.initial).__name__
+            error.add_note(
+                f"The state started as initial={made} made it, of shape {tuple(z0.shape)}. If f wants another one, "
+                "pass a function of x as initial: lambda x: x.new_zeros(len(x), width)"
+            )
 
     def _unrolled(self, z0, x) -> Solution:
         """The first steps of the fixed-point iteration, on the tape."""
