@@ -156,7 +156,10 @@ def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], hoisted: bo
     options = {"cpp_wrapper": True, "realize_reads_threshold": 0, **_kept_between_processes()}
     if hoisted:
         options["joint_custom_pre_pass"] = hoisting.as_pass()
-    return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions.table())
+    with warnings.catch_warnings():
+        # What Inductor itself calls that torch is about to drop.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
+        return compile_fx(graph, inputs, config_patches=options, decompositions=decompositions.table())
 
 
 def _kept_between_processes() -> dict:
