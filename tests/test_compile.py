@@ -377,6 +377,41 @@ def test_what_changes_between_solves_is_seen():
         torch.autograd.grad(solution.final.sum(), [old, a])
 
 
+FACTOR = 1.5
+
+
+class Reading(nn.Module):
+    """A function of numbers that stand in three places."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate, self.part = 0.5, nn.Identity()
+
+    def forward(self, t, z):
+        return -FACTOR * self.rate * self.part(z)
+
+
+@COMPILER
+@pytest.mark.slow
+def test_other_numbers_and_methods_of_f_are_seen(monkeypatch):
+    """Programs don't look at what neuralde is made of at every call; at what f is made of they do."""
+    f, z0 = Reading(), torch.ones(3, 2, dtype=torch.float64)
+    changes = [
+        lambda: None,
+        lambda: setattr(f, "rate", 0.7),
+        lambda: monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.5),
+        lambda: setattr(f.part, "forward", lambda z: 0.25 * z),
+        lambda: setattr(f, "part", nn.Tanh()),
+    ]
+    seen = []
+    for change in changes:
+        change()
+        mine, theirs = (nde.solve(nde.ODE(f), z0, (0.0, 1.0), "bs3", compile=x).final for x in (True, False))
+        close(mine, theirs, 1e-12)
+        seen.append(float(mine[0, 0]))
+    assert len(set(seen)) == len(changes)
+
+
 class Elsewhere:
     """Where inspection does not look."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import re
 import types
 import warnings
 import weakref
@@ -100,11 +101,12 @@ _overwrites: bool | None = None  # as that function says, once a program is made
 _NUMBERS = itertools.count()
 
 
-def program(function: Callable, hoisted: bool = False) -> Callable:
+def program(function: Callable, hoisted: bool = False, fixed: bool = False) -> Callable:
     """The function, compiled at its first call.
 
     Args:
         function: traced. hoisted: whether what never changes in its loops is computed before them.
+        fixed: whether all that it holds beside its arguments stays what it is: Dynamo then need not look at every call.
 
     Dynamo remembers its work by code objects. Every program has one of its own, so that no two take each other for a
     variant of themselves.
@@ -116,12 +118,16 @@ def program(function: Callable, hoisted: bool = False) -> Callable:
         global _overwrites
         _overwrites = may_overwrite()
 
+        neuralde_own = function  # what `_kept_guards` knows by its name
+
         def program(*arguments):
-            return function(*arguments)
+            return neuralde_own(*arguments)
 
         own = program.__code__.replace(co_name=f"neuralde_{number}")
         program = types.FunctionType(own, program.__globals__, own.co_name, None, program.__closure__)
-        return torch.compile(program, fullgraph=True, backend=functools.partial(_inductor, hoisted=hoisted))
+        options = {"guard_filter_fn": _kept_guards} if fixed and _filters() else None
+        backend = functools.partial(_inductor, hoisted=hoisted)
+        return torch.compile(program, fullgraph=True, backend=backend, options=options)
 
     special = False
 
@@ -140,6 +146,29 @@ def program(function: Callable, hoisted: bool = False) -> Callable:
             return made()(*arguments)
 
     return call
+
+
+def _filters() -> bool:
+    """Whether Dynamo lets itself be told which guards to keep: from torch 2.8 on."""
+    return hasattr(torch._dynamo.types, "GuardFilterEntry")
+
+
+# Names in guards: of what `program` closes over; of modules, as Dynamo imports them; of Python's own.
+_OURS = re.compile(r"neuralde_own|__import_(neuralde|torch)_dot_|__import__\('torch'\)|__builtins_dict__")
+
+
+def _kept_guards(guards: Sequence) -> list[bool]:
+    """Which of its guards a program keeps: those on what it is given, f among it, and on what f's module holds.
+
+    Those on the engine (a tableau has a hundred numbers) and on what neuralde and torch are made of take longer than
+    the rest of a call. Whether f has hooks is looked at before every solve.
+    """
+    return [not (_OURS.search(x.name) or _of_this_module(x) or "HOOKS_DICT" in x.guard_type) for x in guards]
+
+
+def _of_this_module(guard) -> bool:
+    """Whether it is on a global variable that `program` itself sees, and not one that f does."""
+    return guard.is_global and not guard.name.startswith("G['__import_")
 
 
 def _of_the_compiler(error: Exception) -> bool:

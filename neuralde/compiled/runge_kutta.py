@@ -12,7 +12,7 @@ from .stepping import SteppingEngine, closes
 class RungeKuttaEngine(SteppingEngine):
     """The programs of a solve of an ODE by an explicit Runge-Kutta method."""
 
-    _shrinks = True
+    _shrinks = _fixed = True
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec):
         like = problem.start.new_zeros(1, dtype=problem.field.layout.work_dtype)

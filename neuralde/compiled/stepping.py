@@ -51,6 +51,7 @@ class SteppingEngine(Engine):
 
     _settles = False  # whether it looks for steady states
     _shrinks = False  # whether samples that have ended are left out
+    _fixed = False  # whether nothing of the engine ever changes that its programs have seen
 
     def __init__(self, problem: Problem, tree: pytree.TreeSpec, solver: Solver, sloped: bool, rows: int):
         super().__init__(problem, tree)
@@ -58,7 +59,7 @@ class SteppingEngine(Engine):
         self._control, self._joint, self._keeps = problem.control, problem.joint, problem.keep is None
         self._closed = closes(problem)
         self._stages = rows if self._closed else 0  # rows of a snapshot in the log
-        self._begin, self._continue = program(self._beginning), program(self._loop)
+        self._begin, self._continue = (program(x, fixed=self._fixed) for x in (self._beginning, self._loop))
         self._back: dict[tuple, Callable] = {}
 
     @staticmethod
@@ -336,7 +337,7 @@ class SteppingEngine(Engine):
         problem = ran.problem
         kind = uses.names, uses.wanted, figures is not None, 0 if marks is None else marks[0].shape[1]
         if kind not in self._back:
-            self._back[kind] = program(functools.partial(self._backwards, *kind))
+            self._back[kind] = program(functools.partial(self._backwards, *kind), fixed=self._fixed)
         costate = torch.zeros_like(ran.final) if final is None else final
         sums, off = [torch.zeros_like(x) for x in uses.tensors], costate.new_zeros(())
         tolerances, tensors = self._tolerances(problem, costate), [x.detach() for x in uses.tensors]
