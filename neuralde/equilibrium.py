@@ -90,22 +90,25 @@ class Equilibrium(Solution):
 
     @functools.cached_property
     def ts(self) -> Tensor:  # noqa: D102  (documented in the class)
-        batch = self._problem.field.layout.batch
-        return torch.stack([x.expand(batch) for x in (self._problem.start, self._outcome.trajectory.reached)])
+        batch, ends = self._problem.field.layout.batch, (self._problem.start, self._outcome.trajectory.reached)
+        with torch.inference_mode(False):
+            return torch.stack([x.expand(batch) for x in ends])
 
     @functools.cached_property
     def zs(self):  # noqa: D102
         return self._given(lambda: torch.stack([self._z0, self._outcome.final]))
 
-    @property
+    @functools.cached_property
     def final(self):
-        """Where every sample came to rest, in the structure of z0. A copy, whoever asks: a layer's caller may change
-        what it was given in place.
-        """
+        """Where every sample came to rest, in the structure of z0."""
+        return self.copied()
+
+    def copied(self):
+        """`final` once more, in memory of its own: what may be changed in place."""
         return self._given(self._outcome.final.clone)
 
     def _given(self, states: Callable[[], Tensor]):
-        with torch.set_grad_enabled(self._taped):
+        with torch.inference_mode(False), torch.set_grad_enabled(self._taped):
             return self._problem.field.layout.unpack(states())
 
     @property

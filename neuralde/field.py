@@ -49,6 +49,7 @@ class Field:
         self._subsets: str | None = None  # how a part of the batch is evaluated: "index" or "pad"
         self._own: set[int] = set()  # the leaves of args that have a row for every sample
         self._filler: tuple[Tensor, Tensor] | None = None
+        self._other: Tensor | None = None
         self._autocast = _autocast_state(layout.device)
         # Whether f takes and returns the engine's tensors as they are.
         self._plain = layout.tree is None and layout.dtype == layout.work_dtype and len(layout.shapes[0]) == 1
@@ -126,7 +127,8 @@ class Field:
     def signature(self) -> Field:
         """What a program may keep of the field: how f is called, for `pure`, but neither f nor a tensor."""
         field = copy.copy(self)
-        field.equation, field.args, field._filler = _Called(self.equation.takes_time), None, None
+        field.equation, field.args = _Called(self.equation.takes_time), None
+        field._filler = field._other = None
         return field
 
     @property
@@ -177,18 +179,25 @@ class Field:
                 "f changes its argument z in place, which changes the solution itself; let it work on new tensors "
                 "(z.clamp(...) in place of z.clamp_(...), torch.cat or torch.where in place of z[...] = ...)"
             )
-        if [_version(x) for x in leaves] != versions:
+        after = _generator_states(self.layout.device)
+        random = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        if not random and [_version(x) for x in leaves] != versions:
+            self._refuse_drifting(t, z, everything)
+        if random:
+            self._frozen, self._subsets, self._simple = before, "pad", False
+        if self._linearized or not self.joint:
+            self._check_independence(t, z.detach(), everything.detach(), t_other)
+        self.fill(t, z, t_other)
+        return slope
+
+    @torch.no_grad()
+    def _refuse_drifting(self, t: Tensor, z: Tensor, once: Tensor):
+        """Raises ValueError where f has changed its args in place, to which it then gives something else."""
+        if not torch.equal(self._everything(self.times(t)[0], z, self.args), once):
             raise ValueError(
                 "f changes its args (a layer's x) in place, which makes another function of it at every evaluation; "
                 "let it work on new tensors (x + ... in place of x += ...)"
             )
-        after = _generator_states(self.layout.device)
-        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            self._frozen, self._subsets, self._simple = before, "pad", False
-        if self._linearized or not self.joint:
-            self._check_independence(t, z.detach(), everything.detach(), t_other)
-        self.fill(t, z)
-        return slope
 
     def _tell_of_the_signature(self, error: Exception):
         """Says how f is called, where it can't be called like that."""
@@ -223,9 +232,13 @@ class Field:
         if hasattr(error, "add_note"):  # of f's own, or of torch's
             error.add_note(said)
 
-    def fill(self, t: Tensor, z: Tensor):
-        """Says where the samples stand that are evaluated only because f wants the whole batch."""
-        self._filler = t.detach(), z.detach()
+    def fill(self, t: Tensor, z: Tensor, other: Tensor | None = None):
+        """Says where the samples stand that are evaluated only because f wants the whole batch.
+
+        Args:
+            other: other times of the horizon, shaped like t; None where they are known, or there are none.
+        """
+        self._filler, self._other = (t.detach(), z.detach()), self._other if other is None else other
 
     @torch.no_grad()
     def _check_independence(self, t: Tensor, z: Tensor, slope: Tensor, t_other: Tensor):
@@ -269,7 +282,7 @@ class Field:
     def can_shrink(self) -> bool:
         """Whether f can be evaluated on some of the samples alone, so that leaving the others out saves work."""
         if self._subsets is None:
-            self._subsets = self._find_subsets(*self._filler)
+            self._subsets = self._find_subsets(*self._filler, self._other)
         return self._subsets != "pad"
 
     def on(self, rows: Tensor | None) -> Field | Part:
@@ -285,44 +298,56 @@ class Field:
         return pytree.tree_unflatten(picked, tree)
 
     @torch.no_grad()
-    def _find_subsets(self, t: Tensor, z: Tensor) -> str:
+    def _find_subsets(self, t: Tensor, z: Tensor, other: Tensor | None) -> str:
         """Finds by trial how f must be called for fewer samples.
 
         A leaf of args that has as many rows as the batch may be the samples' own or a table for all of them: changing
-        every other row tells. f itself may hold tensors of the whole batch (a control input, as in torchdyn's
-        DataControl): what does not reproduce the full result without the first sample is called with all of them.
+        every other row tells. What f notices nowhere has told nothing, and is not cut. f itself may hold tensors of the
+        whole batch (a control input, as in torchdyn's DataControl): what does not reproduce the full result without the
+        first sample is called with all of them.
         """
-        now = self.times(t)[0]
-        full = self._everything(now, z, self.args).clone()
-        leaves = pytree.tree_leaves(self.args)
-        self._own = {
-            i
-            for i, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor)
-            and leaf.dim() > 0
-            and len(leaf) == self.layout.batch
-            and not any(self._reads_across(now, z, full, i, parity) for parity in (0, 1))
-        }
+        trials = [(t, z, self._everything(self.times(t)[0], z, self.args).clone())]
+        elsewhere = t if other is None else other.detach(), 2.0 * z + 1.0
+        with contextlib.suppress(Exception):  # f may refuse states that it would not meet
+            trials.append((*elsewhere, self._everything(self.times(elsewhere[0])[0], elsewhere[1], self.args).clone()))
+        self._own = set()
+        for i, leaf in enumerate(pytree.tree_leaves(self.args)):
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.layout.batch:
+                found = [self._reads(i, parity, *trial) for trial in trials for parity in (0, 1)]
+                if any(across for across, _ in found):
+                    continue
+                if not any(own for _, own in found):
+                    return "pad"
+                self._own.add(i)
         rows = torch.arange(1, len(z), device=z.device)
-        try:
-            part = self._everything(self.times(t[1:])[0], z[1:], self._args_of(rows))
-        except Exception:  # however f complains about a part of the batch
-            return "pad"
-        same = part.shape == full[1:].shape and not _differ(part, full[1:], _rounding(self.layout.dtype))
-        return "index" if same else "pad"
+        for t, z, full in trials:
+            try:
+                part = self._everything(self.times(t[1:])[0], z[1:], self._args_of(rows))
+            except Exception:  # however f complains about a part of the batch
+                return "pad"
+            if part.shape != full[1:].shape or _differ(part, full[1:], _rounding(self.layout.dtype)):
+                return "pad"
+        return "index"
 
-    def _reads_across(self, now, z: Tensor, full: Tensor, i: int, parity: int) -> bool:
-        """Whether the samples of one parity notice a change in the other samples' rows of a leaf of args."""
+    def _reads(self, i: int, parity: int, t: Tensor, z: Tensor, full: Tensor) -> tuple[bool, bool]:
+        """Whether a change in the rows of a leaf of args that belong to the samples of the other parity is noticed: by
+        the samples of this parity, and by those.
+        """
         leaves, tree = pytree.tree_flatten(self.args)
         leaf = leaves[i].clone()
         others = leaf[1 - parity :: 2]
         leaf[1 - parity :: 2] = 1.1 * others + 0.1 if leaf.is_floating_point() else others.flip(0)
+        if torch.equal(leaf, leaves[i]):  # whole numbers that are all the same
+            return False, True
         leaves[i] = leaf
         try:
-            out = self._everything(now, z, pytree.tree_unflatten(leaves, tree))
+            out = self._everything(self.times(t)[0], z, pytree.tree_unflatten(leaves, tree))
         except Exception:  # no values for f: what it reads can't be told
-            return True
-        return _differ(out[parity::2], full[parity::2], 64 * torch.finfo(self.layout.dtype).eps)
+            return True, False
+        return tuple(
+            _differ(out[which::2], full[which::2], 64 * torch.finfo(self.layout.dtype).eps)
+            for which in (parity, 1 - parity)
+        )
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,9 @@ class NoisyField(Field):
         """A value at one approximation of the state for all that z holds."""
         return value if z.shape[1] == value.shape[1] else self.layout.copied(value)
 
-    def fill(self, t: Tensor, z: Tensor):
+    def fill(self, t: Tensor, z: Tensor, other: Tensor | None = None):
         """See `Field.fill`."""
-        super().fill(t, self.layout.tip(z))
+        super().fill(t, self.layout.tip(z), other)
 
     def diffusion(self, t: Tensor, z: Tensor) -> Tensor:
         """The diffusion: [batch, features] of diagonal noise, else [batch, features, channels]."""

@@ -119,17 +119,42 @@ def test_a_compiled_solve_is_the_same(silent, penalty, solver):
     ],
 )
 def test_samples_that_have_ended_leave_the_batch(silent, penalty, solver):
-    """Four samples of seventy go on for longer: the others' args, horizons and gradients stay where they are."""
-    batch, late = 70, [3, 19, 44, 69]
+    """Most end within one log, some in the second, a few later: their args, horizons and gradients stay theirs."""
+    from torch._dynamo.utils import counters
+
+    batch, (long, least) = 256, {"bs3": (1.0, 32), "tsit5": (9.0, 64)}[solver]
     ends = torch.linspace(0.4, 0.6, batch, dtype=torch.float64)
-    ends[late] = torch.tensor([3.0, 30.0, 25.0, 20.0], dtype=torch.float64)
-    t = torch.stack([torch.zeros_like(ends), 0.7 * ends, ends], dim=1) if penalty == "outputs" else None
-    if t is None:
-        t = torch.stack([torch.zeros_like(ends), ends], dim=1)
-    mine = agree(Case(batch=batch, solver=solver, control="per_sample", t=t, rtol=1e-7), penalty)
+    ends[::3], ends[::10] = 1.4 * long, torch.linspace(4.0, 5.0, 26, dtype=torch.float64) * long
+    times = [torch.zeros_like(ends), *([0.7 * ends] if penalty == "outputs" else []), ends]
+    case = Case(batch=batch, solver=solver, control="per_sample", t=torch.stack(times, dim=1), rtol=1e-7)
+    mine = agree(case, penalty)
     pages = mine._outcome.trajectory.pages
-    assert [page.log.s.shape[1] for page in pages[:3]] == [70, 35, 35]
-    assert set(late) - {3} <= set(pages[1].rows.tolist())
+    assert [page.log.s.shape[1] for page in pages[:3]] == [256, 128, least]
+    assert set(range(0, batch, 10)) <= set(pages[2].rows.tolist()) <= set(pages[1].rows.tolist())
+    made = counters["stats"]["unique_graphs"]
+    assert torch.equal(case.solve(True).final, mine.final)
+    assert counters["stats"]["unique_graphs"] == made
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=[pytest.mark.slow, COMPILER])])
+def test_a_table_of_as_many_rows_as_samples_is_not_cut(compile):
+    """An oscillator that starts at rest reads nothing of its stiffness there, which is all samples' at later times."""
+    samples = 100
+    knots = 1 + torch.linspace(0, 9, samples, dtype=torch.float64).sin() ** 2
+
+    def f(t, z, table):
+        place = (t / 10 * (len(table) - 1)).clamp(0, len(table) - 1 - 1e-9)
+        low = place.long()
+        rest, high = place - low, (low + 1).clamp(max=len(table) - 1)
+        stiffness = table[low] * (1 - rest) + table[high] * rest
+        return torch.cat([z[:, 1:], torch.sin(2 * t) - stiffness * z[:, :1] - 0.2 * z[:, 1:]], dim=1)
+
+    ends = torch.linspace(0.4, 0.6, samples, dtype=torch.float64)
+    ends[:5] = torch.linspace(6.0, 10.0, 5, dtype=torch.float64)
+    t, z0 = torch.stack([torch.zeros_like(ends), ends], dim=1), torch.zeros(samples, 2, dtype=torch.float64)
+    how = {"solver": "bs3", "rtol": 1e-6, "atol": 1e-8}
+    truth = nde.solve(nde.ODE(lambda t, z: f(t, z, knots)), z0, t, **how).final
+    close(nde.solve(nde.ODE(f), z0, t, args=knots, compile=compile, **how).final, truth, 1e-9)
 
 
 @COMPILER

@@ -322,6 +322,26 @@ def test_a_start_of_another_shape_is_told():
         if hasattr(caught.value, "__notes__"):
             assert "initial" in caught.value.__notes__[-1] and str(shape) in caught.value.__notes__[-1]
 
+    def own(z, x):
+        raise RuntimeError("no more of this")
+
+    with pytest.raises(RuntimeError) as caught:
+        nde.DeepEquilibrium(own)(inputs())
+    assert not getattr(caught.value, "__notes__", [])
+
+
+def test_a_count_among_the_args_may_change():
+    """It is no part of what f gives back."""
+    count = torch.zeros((), dtype=torch.int64)
+
+    def f(t, z, args):
+        args["count"].add_(1)
+        return -args["rate"] * z
+
+    rate = torch.ones(3, 1)
+    nde.solve(nde.ODE(f), torch.ones(3, 2), (0.0, 1.0), args={"rate": rate, "count": count})
+    assert int(count) > 6
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "tsit5"])
@@ -493,6 +513,13 @@ def test_what_is_looked_at_without_a_tape_has_its_gradient_later():
     with torch.no_grad():
         layer.solution.zs[-1].norm(), layer.solution.final.norm()
     assert layer.solution.zs.requires_grad and layer.solution.final.requires_grad
+    layer(inputs())
+    with torch.inference_mode():
+        layer.solution.zs[-1].norm(), layer.solution.final.norm(), layer.solution.ts.sum()
+    (layer.solution.zs * layer.f.w.weight.sum() * layer.solution.ts[..., None]).sum().backward(retain_graph=True)
+    layer.solution.final.retain_grad()
+    layer.solution.final.sum().backward()
+    assert layer.solution.final.grad is not None
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])

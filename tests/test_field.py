@@ -423,7 +423,7 @@ def test_function_calls_are_what_is_really_called(adjoint, grad, solver):
     assert solution.stats.function_calls == forward
     # The slowest sample takes part in every attempt; the checks are a few calls.
     most = int(solution.stats.nfe.max())
-    assert most <= forward <= most + 8
+    assert most <= forward <= most + 10
 
 
 def test_nfe_is_each_samples_own():

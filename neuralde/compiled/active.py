@@ -38,11 +38,11 @@ class Active:
         """The same with theirs in its place."""
         return own if self.rows is None else whole.index_copy(0, self.rows, own)
 
-    def all(self, own: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def put_all(self, own: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The same for several."""
         return [self.put(x, y) for x, y in zip(own, whole, strict=True)]
 
-    def idle(self, going: int) -> bool:
+    def worth_shrinking(self, going: int) -> bool:
         """Whether so few go on that f is better evaluated for fewer samples."""
         size = len(self.start)
         return size >= _FEWEST and 2 * going <= size and self.problem.field.can_shrink()
@@ -79,5 +79,5 @@ class Active:
     def collect(self, sums: list[Tensor], found: list[Tensor]):
         """Adds the latter to their rows of the sums. found: of `blank`."""
         for x, y in zip(sums, found, strict=True):
-            if x is not y:
+            if x.shape != y.shape:
                 x.index_add_(0, self.rows, y)

@@ -141,7 +141,7 @@ class Ran(Trajectory):
         pages = zip(spread.split(sizes), wide, strict=True)
         return [x.view(-1, n, *marks.shape[1:]).movedim(1, 2).contiguous() for x, n in pages]
 
-    @functools.cached_property
+    @property
     def figures(self) -> Tensor:
         """What the programs logged of errors and stiffness, [rows of all logs, 1 to 3, groups]."""
         return self._everyones(lambda page: page.log.figures)

@@ -164,7 +164,7 @@ class SteppingEngine(Engine):
                 raise Unsupported("f draws random numbers")
             self._checked = True
         elif self._shrinks:
-            field.fill(problem.start, z0)
+            field.fill(problem.start, z0, problem.elsewhere)
         active, tolerances, given = Active(problem), self._tolerances(problem, z0), self._given(problem)
         driving = self._undriven(1, given)
         row = (1 + self._stages) * z0.numel() + (0 if driving is None else driving.numel())
@@ -184,8 +184,8 @@ class SteppingEngine(Engine):
                 return None
             if not going:
                 break
-            if self._shrinks and not self._joint and active.idle(going):
-                whole, here = active.all(stand, whole), active.fewer(Stand(*stand).live, going)
+            if self._shrinks and not self._joint and active.worth_shrinking(going):
+                whole, here = active.put_all(stand, whole), active.fewer(Stand(*stand).live, going)
                 active, stand = active.on(here), [x.index_select(0, here) for x in stand]
                 room = room.new_empty(most, len(here))
             limit = constant("limit", min(most, budget))
@@ -194,7 +194,7 @@ class SteppingEngine(Engine):
             )
         extra = self._extra(problem)
         field.calls += attempts * self._solver.calls_per_step + extra
-        return self._ran(problem, z0, Stand(*active.all(stand, whole)), pages, extra, own, fixed)
+        return self._ran(problem, z0, Stand(*active.put_all(stand, whole)), pages, extra, own, fixed)
 
     def _ran(self, problem: Problem, z0: Tensor, stand: Stand, pages: list[Page], extra: int, own, fixed) -> Ran | None:
         """What was found; None where it has to be found as ever. own, fixed: of `_started`."""

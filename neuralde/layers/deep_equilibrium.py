@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import re
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,7 @@ _NOT_OF_STEADY = ("equation", "z0", "args", "jump_times", "step_times", "events"
 _OPTIONS = [name for name in inspect.signature(solve).parameters if name not in _NOT_OF_STEADY]
 _OF_UNROLLED = ("rtol", "atol", "on_failure", "dense")  # what the steps of pretraining take of a layer's options
 _STARTS = ("zeros", "first_step")
+_OF_SHAPES = re.compile(r"\b(shape|size|dimension|broadcast)", re.IGNORECASE)  # what torch says then
 
 
 class DeepEquilibrium(nn.Module):
@@ -119,7 +121,7 @@ class DeepEquilibrium(nn.Module):
         Args:
             x: what f is given beside z: a tensor [batch, ...], or a structure of them if `initial` is a Module.
         """
-        return self.solve(x).final
+        return self.solve(x).copied()
 
     def solve(self, x) -> Solution:
         """The whole `Equilibrium`, which `.solution` then holds too.
@@ -130,8 +132,9 @@ class DeepEquilibrium(nn.Module):
         self.solution = None  # lets go of the last call's graph before this one's is built
         self._refuse_mixing()
         with parametrized.once(self.f):
-            z0 = self._start(x)
+            z0 = None
             try:
+                z0 = self._start(x)
                 if not bool(self.pretraining):
                     self.solution = solve(self.equation, z0, args=x, **self.solve_options)
                 else:
@@ -160,13 +163,15 @@ class DeepEquilibrium(nn.Module):
             return self.f(zeros, x)
 
     def _tell_of_the_start(self, error: RuntimeError, z0):
-        """Adds to what torch says of f's shapes where the state's came from."""
-        if isinstance(z0, Tensor) and not isinstance(error, NeuralDEError) and hasattr(error, "add_note"):
-            made = repr(self.initial) if isinstance(self.initial, str) else type(self.initial).__name__
-            error.add_note(
-                f"The state started as initial={made} made it, of shape {tuple(z0.shape)}. If f wants another one, "
-                "pass a function of x as initial: lambda x: x.new_zeros(len(x), width)"
-            )
+        """Adds to what torch says of shapes in f where the state's came from."""
+        if isinstance(error, NeuralDEError) or not _OF_SHAPES.search(str(error)) or not hasattr(error, "add_note"):
+            return
+        made = repr(self.initial) if isinstance(self.initial, str) else type(self.initial).__name__
+        shape = f", of shape {tuple(z0.shape)}" if isinstance(z0, Tensor) else ", as large as x"
+        error.add_note(
+            f"The state started as initial={made} made it{shape}. If f wants another one, pass a function of x as "
+            "initial: lambda x: x.new_zeros(len(x), width)"
+        )
 
     def _unrolled(self, z0, x) -> Solution:
         """The first steps of the fixed-point iteration, on the tape."""
