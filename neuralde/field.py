@@ -336,8 +336,8 @@ class Field:
         leaves, tree = pytree.tree_flatten(self.args)
         leaf = leaves[i].clone()
         others = leaf[1 - parity :: 2]
-        leaf[1 - parity :: 2] = 1.1 * others + 0.1 if leaf.is_floating_point() else others.flip(0)
-        if torch.equal(leaf, leaves[i]):  # whole numbers that are all the same
+        leaf[1 - parity :: 2] = 1.1 * others + 0.17 if leaf.is_floating_point() else others.flip(0)
+        if bool(transforms.physical(leaf == leaves[i]).all()):  # whole numbers that are all the same
             return False, True
         leaves[i] = leaf
         try:

@@ -17,7 +17,7 @@ from torch import nn
 
 import neuralde as nde
 import regularizers as reg
-from neuralde.compiled import decompositions, records
+from neuralde.compiled import decompositions, records, stepping
 from neuralde.solvers.runge_kutta import RungeKutta
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -46,7 +46,7 @@ FIELD = F()  # one for all tests: its programs are made once
 class Case:
     """A solve of `FIELD`, compiled or not, with its loss."""
 
-    def __init__(self, batch=BATCH, **how):
+    def __init__(self, batch=BATCH, field=FIELD, **how):
         generator = torch.Generator().manual_seed(9)
         self.z0 = torch.randn(batch, SIZE, generator=generator, dtype=torch.float64).requires_grad_()
         self.args = {
@@ -54,10 +54,10 @@ class Case:
             "decay": torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
         }
         self.how = {"solver": "bs3", "control": "joint", "rtol": 1e-6, "atol": 1e-6, "t": (0.0, 1.5)} | how
-        self.inputs = [self.z0, *self.args.values(), *FIELD.parameters()]
+        self.field, self.inputs = field, [self.z0, *self.args.values(), *field.parameters()]
 
     def solve(self, compile, **more):
-        return nde.solve(nde.ODE(FIELD), self.z0, args=self.args, compile=compile, **(self.how | more))
+        return nde.solve(nde.ODE(self.field), self.z0, args=self.args, compile=compile, **(self.how | more))
 
 
 def same(x, y, within):
@@ -109,16 +109,31 @@ def test_a_compiled_solve_is_the_same(silent, penalty, solver):
     agree(Case(solver=solver), penalty)
 
 
-@COMPILER
+@pytest.fixture(params=["interpreted", pytest.param("compiled", marks=[pytest.mark.slow, COMPILER])])
+def field(request, monkeypatch, silent):
+    """One whose programs are run line by line by Python, which takes no compiler; or one that is compiled."""
+    if request.param == "compiled":
+        return FIELD
+
+    def loop(more, step, carried, buffers):
+        while more(*carried):
+            carried = step(buffers, *carried)
+        return carried
+
+    monkeypatch.setattr(stepping, "program", lambda function, **options: function)
+    monkeypatch.setattr(stepping, "overwriting_loop", loop)
+    return F()
+
+
 @pytest.mark.parametrize(
     ("penalty", "solver"),
     [
-        ("final", "bs3"),
-        *(pytest.param(x, "bs3", marks=pytest.mark.slow) for x in ("error", "states", "outputs")),
-        *(pytest.param(x, "tsit5", marks=pytest.mark.slow) for x in ("figures", "steps")),
+        *((x, "bs3") for x in ("final", "error", "outputs")),
+        ("figures", "tsit5"),
+        *(pytest.param(x, "tsit5", marks=pytest.mark.slow) for x in ("states", "steps")),
     ],
 )
-def test_samples_that_have_ended_leave_the_batch(silent, penalty, solver):
+def test_samples_that_have_ended_leave_the_batch(field, penalty, solver):
     """Most end within one log, some in the second, a few later: their args, horizons and gradients stay theirs."""
     from torch._dynamo.utils import counters
 
@@ -126,7 +141,7 @@ def test_samples_that_have_ended_leave_the_batch(silent, penalty, solver):
     ends = torch.linspace(0.4, 0.6, batch, dtype=torch.float64)
     ends[::3], ends[::10] = 1.4 * long, torch.linspace(4.0, 5.0, 26, dtype=torch.float64) * long
     times = [torch.zeros_like(ends), *([0.7 * ends] if penalty == "outputs" else []), ends]
-    case = Case(batch=batch, solver=solver, control="per_sample", t=torch.stack(times, dim=1), rtol=1e-7)
+    case = Case(batch=batch, field=field, solver=solver, control="per_sample", t=torch.stack(times, dim=1), rtol=1e-7)
     mine = agree(case, penalty)
     pages = mine._outcome.trajectory.pages
     assert [page.log.s.shape[1] for page in pages[:3]] == [256, 128, least]
