@@ -452,6 +452,18 @@ def test_other_numbers_and_methods_of_f_are_seen(monkeypatch):
     assert len(set(seen)) == len(changes)
 
 
+@COMPILER
+@pytest.mark.slow
+def test_numbers_of_a_function_without_a_module_are_seen():
+    scope = {"__name__": "nowhere", "FACTOR": 1.5}
+    exec("def f(t, z):\n    return -FACTOR * z", scope)
+    z0 = torch.ones(3, 2, dtype=torch.float64)
+    for factor in (1.5, 2.5):
+        scope["FACTOR"] = factor
+        mine, theirs = (nde.solve(nde.ODE(scope["f"]), z0, (0.0, 1.0), "bs3", compile=x).final for x in (True, False))
+        close(mine, theirs, 1e-12)
+
+
 class Elsewhere:
     """Where inspection does not look."""
 

@@ -156,6 +156,8 @@ def _filters() -> bool:
 # Names in guards: of what `program` closes over; of modules, as Dynamo imports them; of Python's own.
 _OURS = re.compile(r"neuralde_own|__import_(neuralde|torch)_dot_|__import__\('torch'\)|__builtins_dict__")
 
+_GLOBAL = re.compile(r"G\['(?!__)(\w+)'\]")  # under names with two underscores Dynamo has what others see
+
 
 def _kept_guards(guards: Sequence) -> list[bool]:
     """Which of its guards a program keeps: those on what it is given, f among it, and on what f's module holds.
@@ -167,8 +169,9 @@ def _kept_guards(guards: Sequence) -> list[bool]:
 
 
 def _of_this_module(guard) -> bool:
-    """Whether it is on a global variable that `program` itself sees, and not one that f does."""
-    return guard.is_global and not guard.name.startswith("G['__import_")
+    """Whether it is on a global variable of this module, which `program` sees, and not on one that f does."""
+    found = _GLOBAL.match(guard.name)
+    return found is not None and found[1] in globals()
 
 
 def _of_the_compiler(error: Exception) -> bool:
