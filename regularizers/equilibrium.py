@@ -100,6 +100,7 @@ class Skip(Regularizer):
         """See `Regularizer.figure`."""
         if solution.residual is None:
             raise ValueError("Skip trains the start of a steady state, and this solution is one on a horizon")
+        # Not `final`, which may have been changed in place.
         starts, ends = (torch.utils._pytree.tree_leaves(z) for z in (solution.initial, solution.copied()))
         parts = [x - (y.detach() if self.detach_target else y) for x, y in zip(starts, ends, strict=True)]
         return torch.cat([part.abs().reshape(len(part), -1) for part in parts], dim=1).mean(dim=1)

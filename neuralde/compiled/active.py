@@ -44,8 +44,7 @@ class Active:
 
     def worth_shrinking(self, going: int) -> bool:
         """Whether so few go on that f is better evaluated for fewer samples."""
-        size = len(self.start)
-        return size >= _FEWEST and 2 * going <= size and self.problem.field.can_shrink()
+        return _halved(len(self.start), going) < len(self.start) and self.problem.field.can_shrink()
 
     def fewer(self, live: Tensor, going: int) -> Tensor:
         """Which of them stay, ascending: those who go on, and who has ended to make up the half.
@@ -53,10 +52,8 @@ class Active:
         Args:
             live: who goes on, [samples]. going: how many that are.
         """
-        size = len(live)
-        while size >= _FEWEST and 2 * going <= size:
-            size //= 2
-        return torch.argsort(live, descending=True, stable=True)[:size].sort().values
+        first = torch.argsort(live, descending=True, stable=True)[: _halved(len(live), going)]
+        return first.sort().values
 
     def on(self, here: Tensor) -> Active:
         """These of them."""
@@ -81,3 +78,10 @@ class Active:
         for x, y in zip(sums, found, strict=True):
             if x.shape != y.shape:
                 x.index_add_(0, self.rows, y)
+
+
+def _halved(size: int, going: int) -> int:
+    """How many of so many samples stay, where so many go on."""
+    while size >= _FEWEST and 2 * going <= size:
+        size //= 2
+    return size
